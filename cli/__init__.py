@@ -1,0 +1,1 @@
+"""The `gradsift` command: a thin skin over `less` and `datastore`."""

@@ -1,0 +1,81 @@
+"""Options that several commands share, so that a word means the same everywhere."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+__all__ = [
+    "CommaList",
+    "data_options",
+    "model_option",
+    "output_options",
+    "rendering_options",
+    "running_options",
+]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class CommaList(click.ParamType):
+    """`a,b,c`, each part converted by `kind`."""
+
+    name = "list"
+
+    def __init__(self, kind: Callable[[str], Any] = str) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Split and convert."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(self.kind(part.strip()) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a comma-separated list of {self.kind.__name__} values", param, ctx)
+
+
+def _bundle(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+model_option = click.option("--model", required=True, metavar="M", help="Base model: a folder or a hub name.")
+
+data_options = _bundle(
+    click.option("--strict", is_flag=True, help="Stop at the first row that cannot be used, instead of skipping it."),
+    click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run."),
+)
+
+rendering_options = _bundle(
+    click.option("--max-length", default=2048, show_default=True, metavar="N", help="Tokens a row; the rest is cut."),
+    click.option(
+        "--system-prompt", default="keep", show_default=True, metavar="keep|none|TEXT",
+        help="Keep each row's system prompt, drop it, or put TEXT in its place.",
+    ),
+    click.option(
+        "--chat-template", metavar="FILE|tulu|chatml",
+        help="Chat template, where the tokenizer has none or another is wanted.",
+    ),
+)  # fmt: skip
+
+running_options = _bundle(
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),
+    click.option(
+        "--dtype", default="auto", show_default=True, type=click.Choice(["auto", "float32", "bfloat16"]),
+        help="Of the base weights; auto is bfloat16 on CUDA, float32 on the CPU. Adapters are float32.",
+    ),
+    click.option(
+        "--tokens-per-batch", type=click.IntRange(min=1), metavar="N",
+        help="Padded tokens computed at once.  [default: by device]",
+    ),
+)  # fmt: skip
+
+output_options = _bundle(
+    click.option("-q", "--quiet", is_flag=True, help="No progress and no summary."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)

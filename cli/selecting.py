@@ -1,0 +1,71 @@
+"""`gradsift select`."""
+
+from typing import Any
+
+import click
+
+from cli.options import CommaList, output_options
+from cli.showing import console, show_skipped, table
+
+__all__ = ["select_command"]
+
+_NUM_SHOWN = 5
+
+
+@click.command("select", short_help="The rows of a store that are most influential for the targets.")
+@click.option("--datastore", required=True, metavar="DS", help="A finished store.")
+@click.option(
+    "--targets", required=True, multiple=True, metavar="T",
+    help="Examples of the wanted capability, in groups by their `subtask`; may be repeated.",
+)
+@click.option("--fraction", type=float, metavar="F", help="Of the scored rows to select, such as 0.05.")
+@click.option("--count", type=int, metavar="N", help="Number of rows to select, in place of --fraction.")
+@click.option("--output", required=True, metavar="OUT", help=".jsonl or .parquet file; or a folder, a file a target set.")
+@click.option("--scores", metavar="SCORES", help="Also write every candidate's scores: a .jsonl file, or a folder.")
+@click.option(
+    "--combine", type=click.Choice(["max", "round-robin"]),
+    help="One selection for all target sets: by the best of them, or by turns.",
+)
+@click.option("--feature-set", metavar="NAME", help="Which feature set, where the store has several.")
+@click.option(
+    "--aggregate", default="mean-of-cosines", show_default=True,
+    type=click.Choice(["mean-of-cosines", "cosine-of-mean"]), help="How the targets of a subtask count together.",
+)
+@click.option(
+    "--normalize", default="cosine", show_default=True, type=click.Choice(["cosine", "none"]),
+    help="Cosine; or none: the predicted drop of the targets' loss, which favours short rows.",
+)
+@click.option("--system-prompt", metavar="keep|none|TEXT", help="For the targets.  [default: as for the pool]")
+@click.option("--model", metavar="M", help="Base model, where it has moved since the build.")
+@click.option("--tokenizer", metavar="M", help="Tokenizer, where it is not the model's own.")
+@click.option("--checkpoints", multiple=True, metavar="RUN", help="Checkpoints, where they have moved.")
+@click.option("--checkpoint-weights", type=CommaList(float), metavar="W,W,...", help="In place of the store's.")
+@click.option("--data", multiple=True, metavar="POOL", help="The pool, where it has moved.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@click.option("--tokens-per-batch", type=click.IntRange(min=1), metavar="N", help="Padded tokens computed at once.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Check the shards' checksums.")
+@click.option("--strict", is_flag=True, help="Stop at the first target that cannot be used, instead of skipping it.")
+@click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run.")
+@output_options
+def select_command(quiet: bool, debug: bool, **options: Any) -> None:
+    """Rank a store's rows by their influence on the targets and write the best, with every original column.
+
+    \b
+    gradsift select --datastore store --targets target.jsonl --fraction 0.05 --output selected.jsonl
+    """
+    from less import select
+
+    for name in ("targets", "checkpoints", "data"):
+        options[name] = list(options[name]) or None
+    selections = select(progress=not quiet, **options)
+    if quiet:
+        return
+    for selection in selections:
+        show_skipped(selection.skipped_targets, None, what="targets")
+        view = table(f"{selection.name}: {len(selection.ids)} rows", "rank", "score", "subtask", "id")
+        rows = zip(selection.scores, selection.subtasks, selection.ids, strict=True)
+        for rank, (score, subtask, name) in enumerate(rows, start=1):
+            if rank <= _NUM_SHOWN or rank == len(selection.ids):
+                view.add_row(str(rank), f"{score:.4f}", subtask, name)
+        console().print(view)
+        click.echo(f"written: {selection.output}")

@@ -1,0 +1,200 @@
+"""`build.json`: what a datastore is to hold. It is written first, before any work.
+
+Settings, feature sets, checkpoints and sources say it all: from them follow every row range and every file
+name. Settings are fixed for the store's life, and asking for others is refused field by field; sources can be
+added. What came of the build is left to `manifest`.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from datastore.errors import DamagedStoreError, FormatVersionError, ProvenanceError, SettingError
+from datastore.files import canonical_json, from_json, write_atomic
+from datastore.shards import ShardKey
+
+__all__ = ["BUILD", "FORMAT", "VERSION", "Build", "SourceEntry", "json_hash", "read_json", "write_json"]
+
+BUILD = "build.json"
+FORMAT, VERSION = "gradsift-datastore", 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceEntry:
+    """One file or data set of the pool. Its place in the list of sources is its number."""
+
+    name: str
+    "What reports call it."
+    kind: str
+    'How to open it: "jsonl", "parquet", "dataset" or "memory".'
+    location: str | None
+    "Where to open it again; None for rows that were only in memory."
+    sha256: str
+    "Of its content: what it is recognised by."
+    num_rows: int
+    "Rows in it, whether they can be used or not."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """What a store is to hold. All but `environments` and `sources` is fixed for its life."""
+
+    feature_sets: list[str]
+    "Names, in order."
+    checkpoints: list[str]
+    "Names, in order."
+    shard_rows: int
+    "Rows of a source that one shard covers; the last range of a source may be shorter."
+    settings: dict[str, Any]
+    "Everything else that the numbers depend on, as JSON."
+    environments: list[dict[str, Any]]
+    "Machines and versions that wrote to it; recorded, never compared."
+    sources: list[SourceEntry]
+    "The pool, in order; it can grow."
+
+    def check(self) -> None:
+        """Raise `SettingError` for names that make no file name, or numbers out of range."""
+        for what, names in (("feature set", self.feature_sets), ("checkpoint", self.checkpoints)):
+            for name in names:
+                if not _NAME.fullmatch(name):
+                    raise SettingError(f"{what} {name!r} cannot name a folder: expected {_NAME.pattern}")
+            if not names or len(set(names)) < len(names):
+                raise SettingError(f"expected one {what} or more, each name once, got {names}")
+        if self.shard_rows < 1:
+            raise SettingError(f"shard_rows must be positive, got {self.shard_rows}")
+        for source in self.sources:
+            if source.num_rows < 1:
+                raise SettingError(f"source {source.name} must have rows, got {source.num_rows}")
+
+    @property
+    def settings_hash(self) -> str:
+        """Hash of what is fixed; every shard carries it."""
+        return json_hash(self._fixed())
+
+    def row_ranges(self) -> Iterator[tuple[int, int, int]]:
+        """(source, start, stop) of every range, in pool order."""
+        for number, source in enumerate(self.sources):
+            for start in range(0, source.num_rows, self.shard_rows):
+                yield number, start, min(start + self.shard_rows, source.num_rows)
+
+    def shard_keys(self) -> Iterator[ShardKey]:
+        """Every shard, in the order in which a build computes them: a checkpoint is loaded once."""
+        for checkpoint in self.checkpoints:
+            for source, start, stop in self.row_ranges():
+                for name in self.feature_sets:
+                    yield ShardKey(
+                        feature_set=name, checkpoint=checkpoint, source=source, start=start, stop=stop
+                    )
+
+    def direction_keys(self) -> Iterator[tuple[str, str]]:
+        """(feature set, checkpoint) of every momentum direction."""
+        return itertools.product(self.feature_sets, self.checkpoints)
+
+    def check_same_settings(self, asked: "Build", folder: Path) -> None:
+        """Raise `ProvenanceError` naming every field that `asked` has otherwise."""
+        if different := [
+            f"{name} is {_show(ours)} in the store and {_show(theirs)} in this command"
+            for name, ours, theirs in _differences(self._fixed(), asked._fixed())
+        ]:
+            raise ProvenanceError(
+                f"the datastore {folder} was built with other settings: {'; '.join(different)}. "
+                "Rerun with the store's settings, or choose another --datastore folder."
+            )
+
+    def with_source(self, source: SourceEntry) -> tuple[Self, int]:
+        """A build that has `source`, and its number; `ProvenanceError` if the file has changed since."""
+        for number, known in enumerate(self.sources):
+            if known.sha256 == source.sha256 and known.num_rows == source.num_rows:
+                return self, number
+            if known.sha256 == source.sha256 or known.location == source.location is not None:
+                raise ProvenanceError(
+                    f"{source.location or source.name} has changed since it was added to the datastore: "
+                    f"{source.num_rows} rows with sha256 {source.sha256}, expected {known.num_rows} with "
+                    f"{known.sha256}. Put the file back as it was, give new rows as a file of their own, "
+                    "or choose another --datastore folder."
+                )
+        return replace(self, sources=[*self.sources, source]), len(self.sources)
+
+    def write(self, folder: Path) -> None:
+        """Write `build.json`."""
+        write_json(folder / BUILD, self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with the name and version of the format."""
+        return {"format": FORMAT, "version": VERSION} | asdict(self)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read `build.json`; `FormatVersionError`, or `DamagedStoreError`."""
+        try:
+            doc = read_json(folder / BUILD)
+            build = cls.parse(doc)
+        except (ValueError, RecursionError) as error:
+            raise DamagedStoreError(
+                f"{folder / BUILD} is damaged: {error}. Put it back from a copy, or choose another "
+                "--datastore folder: without it nothing says what the shards were made from."
+            ) from None
+        return build
+
+    @classmethod
+    def parse(cls, doc: dict[str, Any]) -> Self:
+        """The inverse of `to_json`; `ValueError`."""
+        build: Self = from_json(cls, {k: v for k, v in doc.items() if k not in ("format", "version")})
+        build.check()
+        return build
+
+    def _fixed(self) -> dict[str, Any]:
+        return {
+            name: getattr(self, name) for name in ("feature_sets", "checkpoints", "shard_rows", "settings")
+        }
+
+
+def json_hash(value: object) -> str:
+    """sha256 of a JSON value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def write_json(path: Path, doc: dict[str, Any]) -> None:
+    """Write a JSON file for programs and people."""
+    write_atomic(path, [json.dumps(doc, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of this format; `ValueError` for any other, `FormatVersionError` for a newer one."""
+    doc = json.loads(path.read_bytes())
+    if type(doc) is not dict or doc.get("format") != FORMAT or type(doc.get("version")) is not int:
+        raise ValueError(f"not JSON of the format {FORMAT}")
+    if doc["version"] > VERSION:
+        raise FormatVersionError(
+            f"{path} has format version {doc['version']}; this gradsift reads up to {VERSION}. "
+            "Upgrade it: `pip install --upgrade gradsift`."
+        )
+    return doc
+
+
+_ABSENT = object()
+
+
+def _differences(ours: Any, theirs: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted path, our value, their value) of every leaf that two JSON values have otherwise."""
+    if isinstance(ours, dict) and isinstance(theirs, dict) and ours and theirs:
+        for name in sorted(ours.keys() | theirs.keys()):
+            yield from _differences(
+                ours.get(name, _ABSENT), theirs.get(name, _ABSENT), f"{path}.{name}".lstrip(".")
+            )
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for number, pair in enumerate(zip(ours, theirs, strict=True)):
+            yield from _differences(*pair, f"{path}[{number}]")
+    elif _show(ours, None) != _show(theirs, None):
+        yield path, ours, theirs
+
+
+def _show(value: Any, length: int | None = 200) -> str:
+    text = "absent" if value is _ABSENT else canonical_json(value)
+    return text if length is None or len(text) <= length else f"{text[:length]}…"

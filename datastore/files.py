@@ -1,0 +1,218 @@
+"""Files: written whole or not at all, checked by their sha256, read through a memory map; and typed JSON.
+
+The header of a safetensors file is written here and not by safetensors, whose order of metadata changes
+from run to run: the same input gives the same bytes. Reading goes through safetensors, which refuses
+hostile headers.
+
+What the files of a datastore hold is left to `shards` and `manifest`.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from datastore.errors import DamagedStoreError, DiskFullError, StoreError
+
+__all__ = [
+    "FileEntry",
+    "canonical_json",
+    "check_free_space",
+    "damaged",
+    "disk_errors",
+    "from_json",
+    "hash_file",
+    "make_folder",
+    "open_tensors",
+    "remove_temporary_files",
+    "write_atomic",
+    "write_tensors",
+]
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors refuses to read a longer one
+_CODES = {"<i8": "I64", "<u8": "U64", "<i4": "I32", "<f4": "F32", "<f2": "F16", "|u1": "U8"}
+_DTYPES = {code: np.dtype(name) for name, code in _CODES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """What the manifest knows of a file."""
+
+    sha256: str
+    "Of all its bytes, in hexadecimal."
+    num_bytes: int
+    "Its size."
+
+
+def damaged(problems: Mapping[Path, str]) -> DamagedStoreError:
+    """The error for files, each with what is wrong with it, that the build can make anew."""
+    return DamagedStoreError(
+        "; ".join(f"{path} is damaged: {what}" for path, what in problems.items())
+        + f". Delete {'this file' if len(problems) == 1 else 'these files'} and rerun the same "
+        "`gradsift build-datastore` command: it computes only what is missing."
+    )
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` in writing `path` into `DiskFullError` or `StoreError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"the disk is full: cannot write {path} ({error.strerror}). Nothing finished is lost: "
+                "free some space and rerun the same command."
+            ) from error
+        raise StoreError(
+            f"cannot write {path}: {error.strerror or error}. Choose another --datastore folder."
+        ) from error
+
+
+def check_free_space(path: str | os.PathLike[str], num_bytes: int) -> None:
+    """Raise `DiskFullError` unless the disk that holds (or would hold) `path` has `num_bytes` free."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise DiskFullError(
+            f"not enough room for {path}: {num_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free. "
+            "Free some space, choose another --datastore folder, or lower --proj-dim."
+        )
+
+
+def canonical_json(value: object) -> str:
+    """The one JSON text of a value: keys sorted, no spaces, ASCII. What is hashed and compared."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def from_json(kind: Any, value: Any) -> Any:
+    """A value parsed from JSON as the dataclass or type `kind`; `ValueError` unless it is exactly that."""
+    origin, args = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind) and type(value) is dict:
+        kinds = {item.name: item.type for item in fields(kind)}
+        if value.keys() != kinds.keys():
+            raise ValueError(f"expected the fields {sorted(kinds)}, found {sorted(value)}")
+        return kind(**{name: from_json(kinds[name], value[name]) for name in kinds})
+    if origin is list and type(value) is list:
+        return [from_json(args[0], item) for item in value]
+    if origin is dict and type(value) is dict:
+        return {name: from_json(args[1], item) for name, item in value.items()}
+    if kind is Any or type(value) in (args if origin is UnionType else (kind,)):
+        return value
+    raise ValueError(f"expected {getattr(kind, '__name__', kind)}, found {str(value)[:100]!r}")
+
+
+def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> FileEntry:
+    """Write a file so that its name stands for all of its bytes or does not exist, whatever happens.
+
+    Raises `DiskFullError`, after which the store can be resumed, or `StoreError`.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    digest, num_bytes = hashlib.sha256(), 0
+    try:
+        with disk_errors(path):
+            make_folder(path.parent)
+            with open(temporary, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                    digest.update(part)
+                    num_bytes += len(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return FileEntry(sha256=digest.hexdigest(), num_bytes=num_bytes)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what a killed writer left half written; only for the holder of the store's lock."""
+    for pattern in (".*.json.tmp", "shards/*/*/.*.safetensors.tmp", "directions/*/.*.safetensors.tmp"):
+        for left_over in folder.glob(pattern):
+            left_over.unlink()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that they outlast a power cut."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)  # a rename lasts through a power cut once its folder is synced
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _map(path: Path) -> npt.NDArray[np.uint8]:
+    try:
+        return np.memmap(path, np.uint8, "c")  # private, so that torch takes it; the file cannot be altered
+    except FileNotFoundError:
+        raise damaged({path: "it is missing"}) from None
+    except (OSError, ValueError) as error:
+        raise damaged({path: str(error)}) from None
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Checksum and size of a file; `DamagedStoreError` if it cannot be read."""
+    data = _map(path)
+    return FileEntry(sha256=hashlib.sha256(data.data).hexdigest(), num_bytes=len(data))
+
+
+def write_tensors(path: Path, metadata: object, tensors: Mapping[str, npt.NDArray[Any]]) -> FileEntry:
+    """Write one safetensors file, in the order given, with `metadata` as JSON under the key `gradsift`."""
+    header: dict[str, object] = {"__metadata__": {"gradsift": canonical_json(metadata)}}
+    end = 0
+    for name, tensor in tensors.items():
+        offsets = [end, end := end + tensor.nbytes]
+        header[name] = {"dtype": _CODES[tensor.dtype.str], "shape": tensor.shape, "data_offsets": offsets}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    if len(encoded) > MAX_HEADER_BYTES:
+        raise ValueError(f"{path}: a header of {len(encoded)} bytes; safetensors reads {MAX_HEADER_BYTES}")
+    data = (np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data for tensor in tensors.values())
+    return write_atomic(path, [len(encoded).to_bytes(8, "little"), encoded, *data])
+
+
+def open_tensors(path: Path, sha256: str | None = None) -> tuple[Any, dict[str, npt.NDArray[Any]]]:
+    """The metadata and the tensors, as views of one memory map, of a file that `write_tensors` wrote.
+
+    With `sha256`, the very bytes handed out are checked against it first. Raises `DamagedStoreError`.
+    """
+    data = _map(path)
+    if sha256 is not None and hashlib.sha256(data.data).hexdigest() != sha256:
+        raise damaged({path: "its checksum is not the one in manifest.json"})
+    try:
+        with safe_open(path, framework="np"):  # refuses what its format forbids: overlaps, gaps, false sizes
+            pass
+        first = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(bytes(data[8:first]))
+        metadata = json.loads(header.pop("__metadata__")["gradsift"])
+        tensors = {}
+        for name, spec in header.items():
+            start, stop = (first + offset for offset in spec["data_offsets"])
+            tensors[name] = data[start:stop].view(_DTYPES[spec["dtype"]]).reshape(spec["shape"])
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise damaged({path: f"not a readable safetensors file ({error})"}) from None
+    except KeyError as error:
+        raise damaged({path: f"its header has no or an unknown {error}"}) from None
+    return metadata, tensors

@@ -1,0 +1,149 @@
+"""`manifest.json`: what a complete datastore holds. It is written last, and makes the store readable.
+
+To the build it adds what was found: checksums, skipped rows, counts. A row that was skipped by any shard is
+skipped everywhere. It must list just the files that its own build implies: it can name none of its choosing.
+When it is written is left to `writer`, and reading what it lists to `store`.
+"""
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from datastore.build import Build, json_hash, read_json, write_json
+from datastore.files import FileEntry, damaged
+from datastore.shards import SkippedRow, direction_path
+
+__all__ = ["MANIFEST", "FeatureEntry", "Manifest", "RowRange", "ShardEntry"]
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRange:
+    """A range of a source's rows, and those of them that are in no block."""
+
+    source: int
+    "Number of the source."
+    start: int
+    "First row."
+    stop: int
+    "One past the last row."
+    skipped: list[SkippedRow]
+    "Rows skipped by any shard of the range, ascending; the reason is the first shard's that gives one."
+
+    @property
+    def num_scored(self) -> int:
+        """Rows that every shard of the range has."""
+        return self.stop - self.start - len(self.skipped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureEntry:
+    """The shape of a feature set."""
+
+    proj_dim: int
+    "K, the length of a row."
+    dtype: str
+    '"float16" or "float32".'
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry(FileEntry):
+    """What the manifest knows of a shard."""
+
+    num_rows: int
+    "Rows in the file, before those bad at another checkpoint are dropped."
+    notes: dict[str, Any]
+    "The shard's notes."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Build):
+    """A complete store: its build, and what came of it."""
+
+    features: dict[str, FeatureEntry]
+    "For each feature set its shape."
+    shards: dict[str, ShardEntry]
+    "For each shard's path its checksum, size and rows."
+    directions: dict[str, FileEntry]
+    "For each momentum direction's path its checksum and size."
+    ranges: list[RowRange]
+    "Every row range, in pool order."
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that can be scored."""
+        return sum(rows.num_scored for rows in self.ranges)
+
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """Every file by its path."""
+        return {**self.shards, **self.directions}
+
+    def is_part_of(self, build: Build) -> bool:
+        """Whether `build` has these settings, and these sources before any other."""
+        known = build.sources[: len(self.sources)]
+        return (self.settings_hash, self.sources) == (build.settings_hash, known)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """`num_rows` of the sources, `num_scored`, and `num_skipped` by reason."""
+        return {
+            "num_rows": sum(source.num_rows for source in self.sources),
+            "num_scored": self.num_rows,
+            "num_skipped": dict(Counter(row.reason for rows in self.ranges for row in rows.skipped)),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with what can be computed from it; `sha256` is of all the rest as canonical JSON."""
+        doc = super().to_json() | {"settings_hash": self.settings_hash, "counts": self.counts}
+        return doc | {"sha256": json_hash(doc)}
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`."""
+        write_json(folder / MANIFEST, self.to_json())
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read `manifest.json`; `FileNotFoundError`, `FormatVersionError`, or `DamagedStoreError`."""
+        path = folder / MANIFEST
+        try:
+            return cls.parse(read_json(path))
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except (OSError, ValueError, RecursionError) as error:
+            raise damaged({path: str(error)}) from None
+
+    @classmethod
+    def parse(cls, doc: dict[str, Any]) -> Self:
+        """The inverse of `to_json`; `ValueError`."""
+        if doc.get("sha256") != json_hash({name: doc[name] for name in doc if name != "sha256"}):
+            raise ValueError("its checksum is not that of its content")
+        computed = ("settings_hash", "counts", "sha256")
+        manifest = super().parse({name: doc[name] for name in doc if name not in computed})
+        manifest._check_parts()
+        if doc != manifest.to_json():
+            raise ValueError("its settings_hash or counts do not fit its content")
+        return manifest
+
+    def _check_parts(self) -> None:
+        """Raise `ValueError` unless ranges, skipped rows and files are those that the build implies."""
+        found = ((rows.source, rows.start, rows.stop) for rows in self.ranges)
+        for ours, expected in itertools.zip_longest(found, self.row_ranges()):
+            if ours != expected:
+                raise ValueError(f"its row ranges have {ours} in the place of {expected}")
+        for rows in self.ranges:
+            numbers = [row.row for row in rows.skipped]
+            if numbers != sorted(set(numbers)) or any(not rows.start <= n < rows.stop for n in numbers):
+                raise ValueError(
+                    f"its skipped rows {numbers} are not in {rows.start} to {rows.stop} in order"
+                )
+        for what, names, needed in (
+            ("features", {*self.features}, {*self.feature_sets}),
+            ("shards", {*self.shards}, {key.path for key in self.shard_keys()}),
+            ("directions", {*self.directions}, {direction_path(*key) for key in self.direction_keys()}),
+        ):
+            if odd := sorted(names ^ needed):
+                raise ValueError(f"its {what} lack or should not have {', '.join(odd[:5])}")

@@ -1,0 +1,263 @@
+"""A complete datastore, open for reading: rows, statistics, and features block by block.
+
+Pool order is the order of everything here: sources in the order they were added, rows as they stand in them,
+without those that were skipped. A position is a place in that order. Features are views of the file wherever
+no row of their shard is dropped, and a file's checksum is checked before its first use.
+
+Scores are left to `less.influence`, neighbours to `search`.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from datastore.build import BUILD, SourceEntry
+from datastore.errors import SettingError, StoreError
+from datastore.files import FileEntry, damaged, hash_file
+from datastore.manifest import MANIFEST, Manifest, RowRange
+from datastore.shards import Shard, ShardKey, SkippedRow, direction_path, open_direction, open_shard
+
+__all__ = ["Block", "Datastore", "RowStats", "RowTable"]
+
+COLUMN_DTYPES: dict[str, npt.DTypeLike] = {
+    "rows_N": np.int64, "ids": object, "digests_N": np.uint64, "truncated_N": np.bool_,
+    "num_tokens_N": np.int32, "num_supervised_N": np.int32,
+    "norms_N": np.float32, "grad_norms_N": np.float32, "update_norms_N": np.float32, "losses_N": np.float32,
+}  # fmt: skip
+Keep = slice | npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Block:
+    """The features of n consecutive positions."""
+
+    start: int
+    "Position of the first row."
+    features_nK: npt.NDArray[np.float16] | npt.NDArray[np.float32]
+    "Unit rows, as stored: a view of the file unless rows had to be dropped."
+    norms_n: npt.NDArray[np.float32]
+    "Their norms before they were made unit rows."
+
+    @property
+    def stop(self) -> int:
+        """One past the position of the last row."""
+        return self.start + len(self.norms_n)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowTable:
+    """What is known of each of N rows, in pool order."""
+
+    sources_N: npt.NDArray[np.int32]
+    "Number of the source."
+    rows_N: npt.NDArray[np.int64]
+    "Row number in it; with the source, the row's key."
+    ids: list[str]
+    "Labels; they may repeat."
+    num_tokens_N: npt.NDArray[np.int32]
+    "Tokens after truncation."
+    num_supervised_N: npt.NDArray[np.int32]
+    "Those that carry loss."
+    truncated_N: npt.NDArray[np.bool_]
+    "Whether the row was cut to the length limit."
+    digests_N: npt.NDArray[np.uint64]
+    "Equal for exact duplicates."
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowStats:
+    """What a feature set measured on each of N rows at one checkpoint, in pool order, float32."""
+
+    norms_N: npt.NDArray[np.float32]
+    "Norm of the projected vector."
+    grad_norms_N: npt.NDArray[np.float32]
+    "‖g‖."
+    update_norms_N: npt.NDArray[np.float32]
+    "‖Γ‖."
+    losses_N: npt.NDArray[np.float32]
+    "Loss, in nats per supervised token."
+
+
+class Datastore:
+    """A complete store, as its manifest describes it; other files in the folder are not looked at."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Use `open`."""
+        self.path = path
+        self.manifest = manifest
+        self._settings_hash = manifest.settings_hash
+        self._verified: set[str] = set()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Read the manifest and check that every file is there with its size.
+
+        Raises `StoreError` (nothing there, or the build is not finished), `FormatVersionError`, or
+        `DamagedStoreError`, which names every file that is missing, of another size, or outside the folder.
+        """
+        folder = Path(path).absolute()
+        try:
+            store = cls(folder, Manifest.load(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            if (folder / BUILD).exists():
+                raise StoreError(
+                    f"the datastore {folder} is not finished: it has {BUILD} and no {MANIFEST}. Rerun the "
+                    "same `gradsift build-datastore` command: it computes only what is missing."
+                ) from None
+            raise StoreError(
+                f"no datastore at {folder}: expected a folder with {MANIFEST}. "
+                "Make one with `gradsift build-datastore`."
+            ) from None
+        problems = {folder / path: store._size_problem(path, entry) for path, entry in store._files()}
+        if found := {path: problem for path, problem in problems.items() if problem}:
+            raise damaged(found)
+        return store
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings it was built with."""
+        return self.manifest.settings
+
+    @property
+    def sources(self) -> list[SourceEntry]:
+        """The pool; a source's number is its place."""
+        return self.manifest.sources
+
+    @property
+    def feature_sets(self) -> list[str]:
+        """Names of the feature sets."""
+        return self.manifest.feature_sets
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Names of the checkpoints."""
+        return self.manifest.checkpoints
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that can be scored: the number of positions."""
+        return self.manifest.num_rows
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its shards and momentum directions."""
+        return sum(entry.num_bytes for _, entry in self._files())
+
+    @property
+    def skipped(self) -> list[SkippedRow]:
+        """Rows that have no position, and why."""
+        return [row for rows in self.manifest.ranges for row in rows.skipped]
+
+    def proj_dim(self, feature_set: str) -> int:
+        """K of a feature set."""
+        self._check_names(feature_set)
+        return self.manifest.features[feature_set].proj_dim
+
+    def iter_blocks(self, feature_set: str, checkpoint: str, *, verify: bool = True) -> Iterator[Block]:
+        """The features of every position, a shard at a time; with `verify`, no unchecked byte is handed out.
+
+        Raises `SettingError` for a name the store does not have, `DamagedStoreError`.
+        """
+        for start, _, shard, keep in self._iter_kept(feature_set, checkpoint, verify):
+            block = Block(start=start, features_nK=shard.features_NK[keep], norms_n=shard.norms_N[keep])
+            if block.stop > start:
+                yield block
+
+    def rows(self, *, verify: bool = True) -> RowTable:
+        """Keys, labels and lengths of every position."""
+        names = ["rows_N", "ids", "num_tokens_N", "num_supervised_N", "truncated_N", "digests_N"]
+        columns = self._gather(self.feature_sets[0], self.checkpoints[0], names, verify)
+        ranges = self.manifest.ranges
+        sources_N = np.repeat(
+            np.array([rows.source for rows in ranges], np.int32), [rows.num_scored for rows in ranges]
+        )
+        return RowTable(sources_N=sources_N, **{**columns, "ids": columns["ids"].tolist()})
+
+    def stats(self, feature_set: str, checkpoint: str, *, verify: bool = True) -> RowStats:
+        """Norms and loss of every position."""
+        names = [item.name for item in fields(RowStats)]
+        return RowStats(**self._gather(feature_set, checkpoint, names, verify))
+
+    def direction(self, feature_set: str, checkpoint: str) -> npt.NDArray[np.float32]:
+        """Π Γ(0) of a checkpoint, (K,): what all its rows share."""
+        self._check_names(feature_set, checkpoint)
+        sha256 = self.manifest.directions[direction_path(feature_set, checkpoint)].sha256
+        return open_direction(self.path, feature_set, checkpoint, self._settings_hash, sha256)
+
+    def iter_verify(self) -> Iterator[tuple[str, int, str | None]]:
+        """(path, bytes, what is wrong or None) of every file, each as soon as its checksum is computed."""
+        for path, entry in self._files():
+            problem = self._size_problem(path, entry)
+            if not problem and hash_file(self.path / path).sha256 != entry.sha256:
+                problem = f"its checksum is not the one in {MANIFEST}"
+            if not problem:
+                self._verified.add(path)
+            yield path, entry.num_bytes, problem
+
+    def verify(self) -> None:
+        """Check every byte; `DamagedStoreError` names every file that is not as it was sealed."""
+        if found := {self.path / path: problem for path, _, problem in self.iter_verify() if problem}:
+            raise damaged(found)
+
+    def _files(self) -> Iterator[tuple[str, FileEntry]]:
+        return iter(self.manifest.files.items())
+
+    def _size_problem(self, path: str, entry: FileEntry) -> str | None:
+        file = (self.path / path).resolve()
+        if not file.is_relative_to(self.path.resolve()):
+            return f"it is a link out of the datastore, to {file}"
+        if not file.is_file():
+            return "it is missing"
+        if (size := file.stat().st_size) != entry.num_bytes:
+            return f"it has {size} bytes, expected {entry.num_bytes}"
+        return None
+
+    def _iter_kept(
+        self, feature_set: str, checkpoint: str, verify: bool
+    ) -> Iterator[tuple[int, RowRange, Shard, Keep]]:
+        """(position of the first row, range, shard, which of its rows have a position) of every shard."""
+        self._check_names(feature_set, checkpoint)
+        start = 0
+        for rows in self.manifest.ranges:
+            key = ShardKey(
+                feature_set=feature_set,
+                checkpoint=checkpoint,
+                source=rows.source,
+                start=rows.start,
+                stop=rows.stop,
+            )
+            check = verify and key.path not in self._verified
+            sha256 = self.manifest.shards[key.path].sha256 if check else None
+            shard = open_shard(self.path, key, self._settings_hash, sha256)
+            if check:
+                self._verified.add(key.path)
+            keep = ~np.isin(shard.rows_N, [row.row for row in rows.skipped])
+            shape = (int(np.count_nonzero(keep)), shard.features_NK.shape[1])
+            if shape != (expected := (rows.num_scored, self.proj_dim(feature_set))):
+                raise damaged({self.path / key.path: f"its features are {shape}, expected {expected}"})
+            yield start, rows, shard, slice(None) if keep.all() else keep
+            start += rows.num_scored
+
+    def _gather(
+        self, feature_set: str, checkpoint: str, names: Sequence[str], verify: bool
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Fields of the shards, one array each; copied, since a map kept open for each shard is too many."""
+        columns = {name: np.empty(self.num_rows, COLUMN_DTYPES[name]) for name in names}
+        for start, rows, shard, keep in self._iter_kept(feature_set, checkpoint, verify):
+            for name, column in columns.items():
+                column[start : start + rows.num_scored] = np.asarray(getattr(shard, name), column.dtype)[keep]
+        return columns
+
+    def _check_names(self, feature_set: str, checkpoint: str | None = None) -> None:
+        for what, name, names in (
+            ("feature set", feature_set, self.feature_sets),
+            ("checkpoint", checkpoint, [*self.checkpoints, None]),
+        ):
+            if name not in names:
+                known = ", ".join(name for name in names if name)
+                raise SettingError(f"the datastore {self.path} has no {what} {name!r}; it has {known}.")

@@ -1,0 +1,130 @@
+"""Gradient features: the whole method on one page.
+
+    candidate z:  φ(z) = Π Γ(g(z))        target v:  ψ(v) = Π g(v)
+
+g is the per-sample gradient of the LoRA parameters (`less.gradients`), Γ the direction in which Adam would
+step with it (`less.adam`), Π one random projection P → K for both sides and every checkpoint
+(`less.projection`); LESS, Xia et al. 2024, §4.1. Γ is elementwise and Π is linear, so both are applied to a
+parameter's block while the backward pass is still on its way to the next. What the features mean together
+is `less.influence`'s business.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from less.adam import PreparedRule, UpdateRule
+from less.checkpoints import AdamState
+from less.data.batching import Batch
+from less.gradients import per_sample_gradients
+from less.models import ParamLayout
+from less.projection import ProjectionConfig, Projector
+
+__all__ = ["BatchFeatures", "FeatureSet", "FeatureSetConfig", "gradient_features", "shared_direction"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSetConfig:
+    """One kind of feature: an update rule and a projection. A store may hold several."""
+
+    update_rule: str = "adam"
+    """Γ: adam, adam-less, adam-no-momentum, sgd or sign."""
+    projection: ProjectionConfig
+    """Π."""
+
+    @property
+    def name(self) -> str:
+        """Its label in the store, such as `adam-sparse-8192`."""
+        kind = self.projection.kind
+        return f"{self.update_rule}-{kind}" + ("" if kind == "none" else f"-{self.projection.proj_dim}")
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """A feature set made ready for one checkpoint: Γ with that checkpoint's moments, and Π."""
+
+    name: str
+    rules: dict[str, PreparedRule]
+    """Γ of each parameter."""
+    projector: Projector
+
+    @classmethod
+    def prepare(
+        cls,
+        config: FeatureSetConfig,
+        layout: ParamLayout,
+        projector: Projector,
+        state: AdamState | None,
+        device: torch.device,
+    ) -> "FeatureSet":
+        """Fold a checkpoint's moments into Γ's coefficients; `state` may be None for `sgd` and `sign`."""
+        rule = UpdateRule.of(config.update_rule, state)
+        moments = {name: (state.m[name], state.v[name]) if state else (None, None) for name in layout.names}
+        rules = {
+            name: rule.prepare(*(t if t is None else t.flatten().to(device) for t in moments[name]))
+            for name in layout.names
+        }
+        return cls(config.name, rules, projector)
+
+
+@dataclass(frozen=True)
+class BatchFeatures:
+    """What one batch of B rows gives; everything float32, on the model's device."""
+
+    losses_B: Tensor
+    """Mean negative log-likelihood over each row's supervised tokens."""
+    grad_norms_B: Tensor
+    """‖g‖ of each row."""
+    update_norms_B: dict[str, Tensor]
+    """‖Γ‖ of each row, by feature set."""
+    features_BK: dict[str, Tensor]
+    """φ (or ψ) of each row, not normalised, by feature set."""
+
+
+def gradient_features(model: PeftModel, batch: Batch, feature_sets: Sequence[FeatureSet]) -> BatchFeatures:
+    """One forward and one backward pass of a batch, for every feature set at once.
+
+    Args:
+        model: a LoRA model from `less.models.adapted_model`.
+        batch: B rows.
+        feature_sets: made ready for the checkpoint whose adapter the model carries.
+
+    Raises:
+        UnsupportedError: see `less.gradients.per_sample_gradients`.
+    """
+    num_rows, device = batch.input_ids_BT.shape[0], batch.input_ids_BT.device
+    grad_squares_B = torch.zeros(num_rows, device=device)
+    update_squares_B = {fs.name: torch.zeros(num_rows, device=device) for fs in feature_sets}
+    features_BK = {fs.name: torch.zeros(num_rows, fs.projector.dim, device=device) for fs in feature_sets}
+
+    def add_block(name: str, grads_BP: Tensor) -> None:
+        grad_squares_B.add_(_squared_norms(grads_BP))
+        for i, fs in enumerate(feature_sets):
+            own_BP = grads_BP if i == len(feature_sets) - 1 else grads_BP.clone()
+            updates_BP = fs.rules[name].apply_(own_BP)
+            update_squares_B[fs.name].add_(_squared_norms(updates_BP))
+            fs.projector.project_add_(features_BK[fs.name], updates_BP, name)
+
+    losses_B = per_sample_gradients(model, batch, add_block)
+    update_norms_B = {name: squares_B.sqrt() for name, squares_B in update_squares_B.items()}
+    return BatchFeatures(losses_B, grad_squares_B.sqrt(), update_norms_B, features_BK)
+
+
+def shared_direction(feature_set: FeatureSet, layout: ParamLayout, device: torch.device) -> Tensor:
+    """Π Γ(0): the part of every row's feature that the moments alone decide.
+
+    Returns:
+        direction_K, float32; zero for rules without momentum.
+    """
+    direction_1K = torch.zeros(1, feature_set.projector.dim, device=device)
+    for name, size in zip(layout.names, layout.sizes, strict=True):
+        nothing_1P = torch.zeros(1, size, device=device)
+        feature_set.projector.project_add_(direction_1K, feature_set.rules[name].apply_(nothing_1P), name)
+    return direction_1K[0]
+
+
+def _squared_norms(block_BP: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(block_BP, dim=1).square()

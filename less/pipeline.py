@@ -1,0 +1,475 @@
+"""From a pool and its checkpoints to a sealed datastore.
+
+For each checkpoint, for each range of `shard_rows` source rows: render, batch by length, compute features
+(`less.features`), write one shard for each feature set. Batches are a function of the shard alone, so a build
+that was killed and started again gives the same features to the byte. What a shard looks like on disk is
+`datastore`'s business.
+"""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from datastore import Datastore, DatastoreWriter, Shard, ShardKey, SkippedRow, SourceEntry, check_free_space
+from datastore.errors import DataError, RowError, SettingError, StoreError
+from less.adam import NEEDS_MOMENTS, UPDATE_RULES
+from less.checkpoints import AdamState, Checkpoint, find_checkpoints, load_adam_state
+from less.data.batching import collate, plan_batches
+from less.data.records import Record, RowProblem, Source, open_source
+from less.data.rendering import RenderConfig, Rendered, Renderer
+from less.features import FeatureSet, FeatureSetConfig, gradient_features, shared_direction
+from less.models import (
+    ParamLayout,
+    adapted_model,
+    context_length,
+    load_adapter_weights,
+    load_base_model,
+    load_tokenizer,
+)
+from less.progress import Progress
+from less.projection import ProjectionConfig, make_projector
+from less.provenance import location_of, record_environment, record_settings
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["BuildConfig", "BuildResult", "build_datastore"]
+
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
+"""Default budget by device type: large enough to fill it, small enough for its memory at 7B."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Settings of a build. All but the last four decide the features and are held by the store."""
+
+    update_rule: str | Sequence[str] = "adam"
+    """Γ: adam, adam-less, adam-no-momentum, sgd or sign; several fill several feature sets."""
+    projection: str | Sequence[str] = "sparse"
+    """Π: sparse, rademacher or none; several are combined with every update rule."""
+    proj_dim: int = 8192
+    """K."""
+    seed: int = 0
+    """Chooses Π."""
+    max_length: int = 2048
+    """Tokens a row; longer rows are cut at the end."""
+    system_prompt: str = "keep"
+    """keep, none, or the text to put in place of each row's own."""
+    chat_template: str | None = None
+    """tulu, chatml or a file; None takes the tokenizer's own."""
+    dtype: str = "auto"
+    """Of the base weights: float32, bfloat16, or auto (bfloat16 on CUDA, float32 on the CPU)."""
+    tokens_per_batch: int | None = None
+    """Padded tokens in one batch; None chooses by device."""
+    shard_rows: int = 1024
+    """Source rows in one shard: what a killed build loses at most."""
+    feature_dtype: str = "auto"
+    """Of stored unit rows: float16, float32, or auto (float32 for projection none, else float16)."""
+    checkpoint_weights: Sequence[float] | None = None
+    """w_c, in place of the mean learning rates of the checkpoints' logs."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    strict: bool = False
+    """Stop at the first row that cannot be used instead of skipping it."""
+    trust_remote_code: bool = False
+    """Let code that comes with the model run."""
+
+    def __post_init__(self) -> None:
+        for rule in self.update_rules:
+            if rule not in UPDATE_RULES:
+                raise SettingError(f"update rule must be one of {', '.join(UPDATE_RULES)}, got {rule!r}")
+        for name in ("max_length", "shard_rows"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise SettingError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
+        if self.feature_dtype not in ("auto", "float16", "float32"):
+            raise SettingError(f"feature_dtype must be auto, float16 or float32, got {self.feature_dtype!r}")
+        names = [fs.name for fs in self.feature_sets]
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise SettingError(f"feature set {repeated[0]} is asked for twice")
+
+    @property
+    def update_rules(self) -> tuple[str, ...]:
+        """The update rules as a tuple."""
+        return (self.update_rule,) if isinstance(self.update_rule, str) else tuple(self.update_rule)
+
+    @property
+    def feature_sets(self) -> tuple[FeatureSetConfig, ...]:
+        """Every update rule with every projection."""
+        kinds = (self.projection,) if isinstance(self.projection, str) else tuple(self.projection)
+        return tuple(
+            FeatureSetConfig(
+                update_rule=rule,
+                projection=ProjectionConfig(kind=kind, proj_dim=self.proj_dim, seed=self.seed),
+            )
+            for rule in self.update_rules
+            for kind in kinds
+        )
+
+    @property
+    def rendering(self) -> RenderConfig:
+        """How rows become tokens."""
+        return RenderConfig(
+            max_length=self.max_length, system_prompt=self.system_prompt, chat_template=self.chat_template
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildResult:
+    """What a build did."""
+
+    datastore: Path
+    """The sealed store."""
+    num_rows: int
+    """Rows of all sources."""
+    num_scored: int
+    """Rows that have features at every checkpoint."""
+    num_computed: int
+    """Rows times checkpoints computed by this call; 0 when the store was complete."""
+    skipped: tuple[SkippedRow, ...]
+    """Rows left out, each with its reason."""
+    num_repeated_ids: int
+    """Scored rows whose id an earlier row has too."""
+    num_duplicates: int
+    """Scored rows whose tokens an earlier row has too."""
+    num_bytes: int
+    """Size of the shards."""
+    seconds: float
+    """Wall time."""
+
+
+def build_datastore(
+    *,
+    model: "str | Path | PreTrainedModel",
+    checkpoints: "str | Path | Sequence[str | Path]",
+    data: "str | Path | datasets.Dataset | Sequence[Any]",
+    datastore: str | Path,
+    tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
+    progress: bool = True,
+    **settings: Any,
+) -> BuildResult:
+    """Compute the gradient features of a pool at every checkpoint and keep them in a datastore.
+
+    A store that is complete is left as it is; one that was interrupted is completed; new `data` is appended.
+
+    Args:
+        model: the base model: a folder, a hub name, or a loaded model.
+        checkpoints: a run folder (all its `checkpoint-*`) or checkpoint folders.
+        data: a file, a hub name, a `datasets.Dataset`, a list of dicts, or a list of such.
+        datastore: the store's folder.
+        tokenizer: where it is not the model's own.
+        progress: show progress on standard error.
+        **settings: fields of `BuildConfig`.
+
+    Raises:
+        GradsiftError: see `datastore.errors`; every problem of the whole call comes before any work.
+    """
+    start = time.monotonic()
+    config = BuildConfig(**settings)
+    sources = open_sources(data)
+    found = find_checkpoints(as_paths(checkpoints), config.checkpoint_weights)
+    base = load_base_model(
+        model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
+    )
+    words = load_tokenizer(
+        location_of(model) if tokenizer is None else tokenizer, trust_remote_code=config.trust_remote_code
+    )
+    renderer = Renderer(words, config.rendering, context_length=context_length(base.config))
+    with adapted_model(base, found[0].path) as adapted:
+        builder = _Builder(config, adapted, found, renderer, progress)
+        with DatastoreWriter.open(
+            datastore,
+            settings=builder.settings(),
+            environment=record_environment(
+                model=model,
+                tokenizer=tokenizer,
+                checkpoints=found,
+                rendering=config.rendering,
+                device=base.device,
+            ),
+            feature_sets=[fs.name for fs in config.feature_sets],
+            checkpoints=[checkpoint.name for checkpoint in found],
+            shard_rows=config.shard_rows,
+        ) as writer:
+            by_number = {writer.add_source(_entry(source)): source for source in sources}
+            num_computed = builder.write_missing(writer, by_number)
+            writer.seal()
+    store = Datastore.open(datastore)
+    rows = store.rows(verify=False)
+    return BuildResult(
+        datastore=Path(datastore),
+        num_rows=sum(entry.num_rows for entry in store.sources),
+        num_scored=store.num_rows,
+        num_computed=num_computed,
+        skipped=tuple(store.skipped),
+        num_repeated_ids=len(rows.ids) - len(set(rows.ids)),
+        num_duplicates=len(rows.digests_N) - len(np.unique(rows.digests_N)),
+        num_bytes=store.num_bytes,
+        seconds=time.monotonic() - start,
+    )
+
+
+class _Builder:
+    """What stays the same from shard to shard."""
+
+    def __init__(
+        self,
+        config: BuildConfig,
+        model: PeftModel,
+        checkpoints: Sequence[Checkpoint],
+        renderer: Renderer,
+        progress: bool,
+    ) -> None:
+        self.config, self.model, self.renderer, self.progress = config, model, renderer, progress
+        self.checkpoints = {checkpoint.name: checkpoint for checkpoint in checkpoints}
+        self.layout, self.device = ParamLayout.of(model), model.device
+        self.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[self.device.type]
+        projectors = {
+            projection: make_projector(projection, self.layout)
+            for projection in dict.fromkeys(fs.projection for fs in config.feature_sets)
+        }
+        self.projectors = {fs: projectors[fs.projection] for fs in config.feature_sets}
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the features. Every checkpoint's moments are read, so a bad one stops the build here."""
+        return record_settings(
+            base=self.model.get_base_model(),
+            layout=self.layout,
+            renderer=self.renderer,
+            states={checkpoint: self._moments(checkpoint) for checkpoint in self.checkpoints.values()},
+            feature_sets={fs: (self.projectors[fs], self._dtype(fs)) for fs in self.config.feature_sets},
+            tokens_per_batch=self.tokens_per_batch,
+        )
+
+    def write_missing(self, writer: DatastoreWriter, sources: dict[int, Source]) -> int:
+        """Compute and write what the store lacks; returns rows times checkpoints computed."""
+        missing = writer.missing_shards()
+        if absent := {key.source for key in missing} - sources.keys():
+            name = writer.build.sources[min(absent)].name
+            raise StoreError(
+                f"{writer.path} still lacks rows of {name}, which is not among the data given; add it with --data"
+            )
+        widths = {fs.name: projector.dim for fs, projector in self.projectors.items()}
+        row_bytes = {fs.name: widths[fs.name] * np.dtype(self._dtype(fs)).itemsize for fs in self.projectors}
+        check_free_space(writer.path, sum((k.stop - k.start) * row_bytes[k.feature_set] for k in missing))
+        tasks = [_Task(list(keys)) for _, keys in groupby(missing, key=_Task.place)]
+        num_rows = sum(task.num_rows for task in tasks)
+        directions = writer.missing_directions()
+        with Progress(total=num_rows, description="gradients", enabled=self.progress) as bar:
+            for name, checkpoint in self.checkpoints.items():
+                own = [task for task in tasks if task.checkpoint == name]
+                if not own and name not in {at for _, at in directions}:
+                    continue
+                feature_sets = self._prepare(checkpoint)
+                for fs in feature_sets:
+                    if (fs.name, name) in directions:
+                        direction_K = shared_direction(fs, self.layout, self.device)
+                        writer.write_direction(fs.name, name, direction_K.cpu().numpy())
+                for task in own:
+                    for key, shard in self._compute(task, sources[task.source], feature_sets, bar):
+                        writer.write_shard(key, shard)
+        return num_rows
+
+    def _prepare(self, checkpoint: Checkpoint) -> list[FeatureSet]:
+        load_adapter_weights(self.model, checkpoint.path)
+        state = self._moments(checkpoint)
+        return [
+            FeatureSet.prepare(fs, self.layout, projector, state, self.device)
+            for fs, projector in self.projectors.items()
+        ]
+
+    def _moments(self, checkpoint: Checkpoint) -> AdamState | None:
+        if NEEDS_MOMENTS.isdisjoint(self.config.update_rules):
+            return None
+        return load_adam_state(checkpoint, self.model, self.layout)
+
+    def _dtype(self, feature_set: FeatureSetConfig) -> str:
+        """The stored dtype of a feature set: an unprojected one is for checking, so it keeps float32."""
+        if self.config.feature_dtype != "auto":
+            return self.config.feature_dtype
+        return "float32" if feature_set.projection.kind == "none" else "float16"
+
+    def _compute(
+        self, task: "_Task", source: Source, feature_sets: Sequence[FeatureSet], bar: Progress
+    ) -> Iterator[tuple[ShardKey, Shard]]:
+        """One backward pass over a range of rows; yields the shard of each feature set that lacks it."""
+        records, rendered, skipped = self._render(source, task)
+        bar.advance(len(skipped))
+        dtypes = {fs.name: self._dtype(fs) for fs in self.projectors}
+        wanted = [fs for fs in feature_sets if fs.name in task.keys]
+        results = {fs.name: _Results.empty(len(records), fs.projector.dim, dtypes[fs.name]) for fs in wanted}
+        num_retries = 0
+        queue = plan_batches([row.num_tokens for row in rendered], self.tokens_per_batch)[::-1]
+        while queue:
+            rows = queue.pop()
+            batch = collate(rendered, rows, pad_id=self.renderer.pad_id)
+            try:
+                features = gradient_features(self.model, batch.to(self.device), wanted)
+            except torch.OutOfMemoryError:
+                if len(rows) == 1:
+                    raise
+                torch.cuda.empty_cache()
+                num_retries += 1
+                queue += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
+                continue
+            for fs in wanted:
+                results[fs.name].put(
+                    rows,
+                    features.features_BK[fs.name],
+                    features.losses_B,
+                    features.grad_norms_B,
+                    features.update_norms_B[fs.name],
+                )
+            bar.advance(len(rows), batch.num_tokens)
+        for name, result in results.items():
+            problems = result.problems()
+            bad = [self._skip(records[n], problem) for n, problem in problems.items()]
+            kept = [n for n in range(len(records)) if n not in problems]
+            yield task.keys[name], Shard(
+                features_NK=result.units_NK[kept],
+                norms_N=result.norms_N[kept],
+                grad_norms_N=result.grad_norms_N[kept],
+                update_norms_N=result.update_norms_N[kept],
+                losses_N=result.losses_N[kept],
+                num_tokens_N=np.array([rendered[n].num_tokens for n in kept], np.int32),
+                num_supervised_N=np.array([rendered[n].num_supervised for n in kept], np.int32),
+                truncated_N=np.array([rendered[n].truncated for n in kept], bool),
+                rows_N=np.array([records[n].number for n in kept], np.int64),
+                digests_N=np.array([_digest(rendered[n]) for n in kept], np.uint64),
+                ids=[records[n].id for n in kept],
+                skipped=sorted(skipped + bad, key=lambda row: row.row),
+                notes={"oom_retries": num_retries} if num_retries else {},
+            )
+
+    def _render(
+        self, source: Source, task: "_Task"
+    ) -> tuple[list[Record], list[Rendered], list[SkippedRow]]:
+        records, rendered, skipped = [], [], []
+        for record in source.iter_records(task.start, task.stop):
+            try:
+                rendered.append(self.renderer.render_record(record))
+                records.append(record)
+            except RowProblem as problem:
+                skipped.append(self._skip(record, problem))
+        return records, rendered, skipped
+
+    def _skip(self, record: Record, problem: RowProblem) -> SkippedRow:
+        if self.config.strict:
+            raise RowError(f"{record.where}: {problem}; mend the row, or leave out strict to skip such rows")
+        return SkippedRow(
+            row=record.number, where=record.where, id=record.id, reason=problem.reason, detail=problem.detail
+        )
+
+
+class _Task:
+    """One range of source rows at one checkpoint, and the shards that it still lacks."""
+
+    def __init__(self, keys: Sequence[ShardKey]) -> None:
+        self.checkpoint, self.source, self.start, self.stop = self.place(keys[0])
+        self.keys = {key.feature_set: key for key in keys}
+
+    @staticmethod
+    def place(key: ShardKey) -> tuple[str, int, int, int]:
+        """What the shards of one task have in common."""
+        return key.checkpoint, key.source, key.start, key.stop
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the range."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What the rows of one shard gave so far, at their places in the shard whatever the batches."""
+
+    units_NK: NDArray[np.floating]
+    norms_N: NDArray[np.float32]
+    losses_N: NDArray[np.float32]
+    grad_norms_N: NDArray[np.float32]
+    update_norms_N: NDArray[np.float32]
+
+    @classmethod
+    def empty(cls, num_rows: int, dim: int, dtype: str) -> "_Results":
+        """Room for `num_rows` rows."""
+        return cls(np.empty((num_rows, dim), dtype), *np.empty((4, num_rows), np.float32))
+
+    def put(
+        self,
+        rows: Sequence[int],
+        features_BK: Tensor,
+        losses_B: Tensor,
+        grad_norms_B: Tensor,
+        update_norms_B: Tensor,
+    ) -> None:
+        """Take in one batch."""
+        norms_B = torch.linalg.vector_norm(features_BK, dim=1)
+        self.units_NK[rows] = (features_BK / norms_B[:, None]).cpu().numpy()
+        for ours_N, theirs_B in (
+            (self.norms_N, norms_B),
+            (self.losses_N, losses_B),
+            (self.grad_norms_N, grad_norms_B),
+            (self.update_norms_N, update_norms_B),
+        ):
+            ours_N[rows] = theirs_B.cpu().numpy()
+
+    def problems(self) -> dict[int, RowProblem]:
+        """The rows without a direction: their loss or gradient is not finite, or their feature is zero."""
+        found = {}
+        numbers = np.stack([self.losses_N, self.grad_norms_N, self.update_norms_N, self.norms_N])
+        for n in np.flatnonzero(~np.isfinite(numbers).all(axis=0) | (self.norms_N == 0)).tolist():
+            loss, grad, update, norm = numbers[:, n].tolist()
+            reason = "zero norm" if norm == 0 else "not finite"
+            found[n] = RowProblem(reason, f"loss {loss:g}, ‖g‖ {grad:g}, ‖Γ‖ {update:g}, ‖φ‖ {norm:g}")
+        return found
+
+
+def open_sources(data: Any) -> list[Source]:
+    """One source for each file, data set or list of rows in `data`.
+
+    Raises:
+        DataError: there is nothing in them, or the same content is given twice.
+    """
+    is_several = isinstance(data, list | tuple) and not (data and all(isinstance(row, dict) for row in data))
+    sources = [open_source(part) for part in (data if is_several else [data])]
+    if not sources:
+        raise DataError("no data was given; expected a file, a hub name, a datasets.Dataset or a list of dicts")
+    first_with: dict[str, Source] = {}
+    for source in sources:
+        if (first := first_with.setdefault(source.sha256, source)) is not source:
+            raise DataError(f"{first.name} and {source.name} have the same content; give each source once")
+    return sources
+
+
+def as_paths(checkpoints: "str | Path | Sequence[str | Path]") -> list[Path]:
+    """One folder or several as a list of paths."""
+    return [Path(p) for p in ([checkpoints] if isinstance(checkpoints, str | Path) else checkpoints)]
+
+
+def _entry(source: Source) -> SourceEntry:
+    return SourceEntry(
+        name=source.name,
+        kind=source.kind,
+        location=source.location,
+        sha256=source.sha256,
+        num_rows=source.num_rows,
+    )
+
+
+def _digest(rendered: Rendered) -> int:
+    """64 bits over a row's tokens and which of them are supervised: equal for exact duplicates."""
+    packed = np.array(rendered.input_ids, np.int64).tobytes() + np.array(rendered.supervised, bool).tobytes()
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")

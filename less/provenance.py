@@ -1,0 +1,157 @@
+"""What a store records of how its features were made, and how it is held to it when it is used again.
+
+Settings decide the numbers: a store built with one of them changed is another store. The environment says
+where things lay and what ran: it is kept to find them again and to explain a difference, never compared.
+"""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from datastore import Datastore
+from datastore.errors import ProvenanceError
+from less.checkpoints import AdamState, Checkpoint
+from less.data.rendering import RenderConfig, Renderer
+from less.features import FeatureSetConfig
+from less.models import ParamLayout, model_fingerprint
+from less.projection import ProjectionConfig, Projector, make_projector
+
+__all__ = [
+    "check_checkpoints",
+    "check_model",
+    "check_template",
+    "location_of",
+    "record_environment",
+    "record_settings",
+    "recorded_projector",
+]
+
+
+def record_settings(
+    *,
+    base: PreTrainedModel,
+    layout: ParamLayout,
+    renderer: Renderer,
+    states: Mapping[Checkpoint, AdamState | None],
+    feature_sets: Mapping[FeatureSetConfig, tuple[Projector, str]],
+    tokens_per_batch: int,
+) -> dict[str, Any]:
+    """The settings of a build, as JSON.
+
+    Args:
+        base, layout, renderer: the model, the order of its LoRA parameters, and how rows become tokens.
+        states: the Adam state of each checkpoint, None where no update rule needs it.
+        feature_sets: the projector and the stored dtype of each.
+        tokens_per_batch: it decides which rows share a batch, and so the last bits of a feature.
+    """
+    return {
+        "model": {
+            "fingerprint": model_fingerprint(base),
+            "param_layout": layout.hash,
+            "num_params": layout.num_params,
+            "dtype": str(base.dtype).removeprefix("torch."),
+        },
+        "rendering": renderer.provenance(),
+        "checkpoints": {
+            checkpoint.name: {
+                "step": checkpoint.step,
+                "weight": checkpoint.weight,
+                "adapter_sha256": checkpoint.adapter_sha256,
+                "optimizer_sha256": checkpoint.optimizer_sha256 if state else None,
+                "adam": state and {name: getattr(state, name) for name in ("step", "beta1", "beta2", "eps")},
+            }
+            for checkpoint, state in states.items()
+        },
+        "feature_sets": {
+            fs.name: {"update_rule": fs.update_rule, "projection": projector.provenance(), "dtype": dtype}
+            for fs, (projector, dtype) in feature_sets.items()
+        },
+        "tokens_per_batch": tokens_per_batch,
+    }
+
+
+def record_environment(
+    *,
+    model: str | Path | PreTrainedModel,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None,
+    checkpoints: Sequence[Checkpoint],
+    rendering: RenderConfig,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Where model, tokenizer and checkpoints lay, and the machine and versions that computed, as JSON."""
+    template = rendering.chat_template
+    return {
+        "model": location_of(model),
+        "tokenizer": location_of(model if tokenizer is None else tokenizer),
+        "checkpoints": [str(checkpoint.path.resolve()) for checkpoint in checkpoints],
+        "rendering": asdict(rendering) | {"chat_template": template and location_of(template)},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "peft", "gradsift")},
+        },
+    }
+
+
+def location_of(thing: str | Path | PreTrainedModel | PreTrainedTokenizerBase) -> str:
+    """Where to load a model, tokenizer or template again: an absolute path, or the hub's name for it."""
+    if isinstance(thing, PreTrainedModel | PreTrainedTokenizerBase):
+        thing = str(thing.name_or_path)
+    return str(Path(thing).resolve()) if Path(thing).exists() else str(thing)
+
+
+def check_model(store: Datastore, model: PreTrainedModel) -> None:
+    """Raise `ProvenanceError` unless `model` has the weights that the store was built with."""
+    found, expected = model_fingerprint(model), store.settings["model"]["fingerprint"]
+    if found != expected:
+        raise ProvenanceError(
+            f"{location_of(model)} is not the model that {store.path} was built with: fingerprint {found[:12]}, "
+            f"expected {expected[:12]}. Give the right one with --model"
+        )
+
+
+def check_template(store: Datastore, renderer: Renderer) -> None:
+    """Raise `ProvenanceError` unless targets are rendered with the pool's chat template."""
+    found, expected = (p["template_sha256"] for p in (renderer.provenance(), store.settings["rendering"]))
+    if found != expected:
+        raise ProvenanceError(
+            f"the chat template is not the one that {store.path} was built with: sha256 {found[:12]}, expected "
+            f"{expected[:12]}. Restore it, or give the right --tokenizer"
+        )
+
+
+def check_checkpoints(store: Datastore, found: Sequence[Checkpoint]) -> None:
+    """Raise `ProvenanceError` unless these are the adapters of the store, in its order."""
+    expected = {name: entry["adapter_sha256"] for name, entry in store.settings["checkpoints"].items()}
+    if [checkpoint.adapter_sha256 for checkpoint in found] != list(expected.values()):
+        raise ProvenanceError(
+            f"{', '.join(str(checkpoint.path) for checkpoint in found)}: not the checkpoints that {store.path} was "
+            f"built with ({', '.join(expected)}): the adapters' weights differ. Give the right --checkpoints"
+        )
+
+
+def recorded_projector(store: Datastore, feature_set: str, layout: ParamLayout) -> Projector:
+    """The store's own Π for a feature set; `ProvenanceError` where this version would make another."""
+    if layout.hash != store.settings["model"]["param_layout"]:
+        raise ProvenanceError(
+            f"the adapter's parameters are not those that {store.path} was built with: {layout.num_params:,} of "
+            f"them, expected {store.settings['model']['num_params']:,}. Give the right --checkpoints"
+        )
+    recorded = store.settings["feature_sets"][feature_set]["projection"]
+    config = ProjectionConfig(
+        kind=recorded["kind"], proj_dim=recorded["proj_dim"], seed=recorded["seed"] or 0
+    )
+    projector = make_projector(config, layout)
+    if projector.provenance() != recorded:
+        raise ProvenanceError(
+            f"this version projects as {projector.provenance()}, {store.path} was built with {recorded}. "
+            "Use the version that built it, or build it again"
+        )
+    return projector

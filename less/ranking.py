@@ -1,0 +1,250 @@
+"""Select from a finished store and write what was selected, with the reasons beside it.
+
+    store + targets → InfluenceScores → Selection → files
+
+The pool's text is read once, for the selected rows, when they are written. Scoring is `less.scoring`'s
+business, the strategies are `less.selection`'s.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from datastore import Datastore, SourceEntry
+from datastore.errors import DataError, SettingError
+from less.data.records import Record, Source, open_source
+from less.data.targets import SkippedRow
+from less.data.writing import write_lines, write_selected
+from less.influence import InfluenceScores
+from less.pipeline import open_sources
+from less.scoring import ScoreConfig, Scorer
+from less.selection import num_to_select, ranks, select_round_robin, select_top
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["COMBINATIONS", "Selection", "select"]
+
+COMBINATIONS = ("max", "round-robin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The rows selected for one target set, or for several together, best first."""
+
+    name: str
+    """The target set, or their names joined by `+`."""
+    positions: NDArray[np.int64]
+    """Positions among the store's scored rows."""
+    scores: NDArray[np.float32]
+    """Their influence scores."""
+    subtasks: tuple[str, ...]
+    """The subtask that gives each its score."""
+    records: tuple[Record, ...]
+    """The rows themselves, as they stand in the pool."""
+    influence: InfluenceScores
+    """The scores of every row."""
+    skipped_targets: tuple[SkippedRow, ...]
+    """Targets left out, each with its reason."""
+    output: Path | None
+    """The file written, if any."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Labels of the selected rows."""
+        return tuple(record.id for record in self.records)
+
+    @property
+    def columns(self) -> list[dict[str, Any]]:
+        """What is added to each row: `influence_score`, `influence_rank` (from 1), `influence_subtask`."""
+        return [
+            {"influence_score": float(score), "influence_rank": rank, "influence_subtask": subtask}
+            for rank, (score, subtask) in enumerate(zip(self.scores, self.subtasks, strict=True), start=1)
+        ]
+
+    @cached_property
+    def dataset(self) -> "datasets.Dataset":
+        """The selected rows, with these columns."""
+        import datasets
+
+        rows = zip(self.records, self.columns, strict=True)
+        return datasets.Dataset.from_list([{**(record.columns or {}), **added} for record, added in rows])
+
+
+def select(
+    *,
+    datastore: str | Path | Datastore,
+    targets: Any,
+    output: str | Path | None = None,
+    scores: str | Path | None = None,
+    fraction: float | None = None,
+    count: int | None = None,
+    combine: str | None = None,
+    data: Any = None,
+    model: str | Path | PreTrainedModel | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    checkpoints: str | Path | Sequence[str | Path] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> list[Selection]:
+    """Select the most influential rows of a store: for each target set, or one selection for all.
+
+    Args:
+        datastore: a sealed store.
+        targets: a file, data set or list of dicts; several as a list, or as a dict that names them.
+        output: a .jsonl or .parquet file, or a folder for one file a selection; None writes nothing.
+        scores: likewise, a .jsonl file or a folder, for one line a candidate.
+        fraction: of the scored rows, above 0 and at most 1; the ceiling is taken.
+        count: number of rows; one of `fraction` and `count` is needed.
+        combine: None for a selection each; `max` ranks by the best subtask of any target set; `round-robin`
+            lets the target sets take turns.
+        data: the pool, where it is not where the build found it (needed for rows given in memory).
+        model, tokenizer, checkpoints: where they are not where the build found them.
+        progress: show progress on standard error.
+        **settings: fields of `ScoreConfig`.
+
+    Returns:
+        one `Selection` a target set, or a list of one with `combine`.
+
+    Raises:
+        DataError: no usable target, or the pool has changed since the build.
+        ProvenanceError: the model or a checkpoint is not the one that the store was built with.
+        SettingError: fraction, count or output do not fit.
+    """
+    store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
+    num_selected = num_to_select(store.num_rows, fraction=fraction, count=count)
+    if combine is not None and combine not in COMBINATIONS:
+        raise SettingError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
+    scorer = Scorer(store, ScoreConfig(**settings), model, tokenizer, checkpoints, progress)
+    target_sets = scorer.load_targets(targets)
+    groups = [[t] for t in target_sets] if combine is None else [target_sets]
+    names = ["+".join(t.name for t in group) for group in groups]
+    output_files, score_files = _files(output, names), _files(scores, names)
+    pool = _Pool(store, data)
+    influence = scorer.score(target_sets)
+    selections = []
+    for group, name, output_file, score_file in zip(groups, names, output_files, score_files, strict=True):
+        own = influence.of(*(t.name for t in group))
+        positions, subtask_of = _choose(own, num_selected, by_turns=combine == "round-robin")
+        selection = Selection(
+            name=name,
+            positions=positions,
+            scores=own.scores_NJ[positions, subtask_of],
+            subtasks=tuple(own.subtasks[j] for j in subtask_of),
+            records=tuple(pool.take(positions)),
+            influence=own,
+            skipped_targets=tuple(row for t in group for row in t.skipped),
+            output=output_file,
+        )
+        if output_file is not None:
+            write_selected(output_file, selection.records, selection.columns, pool.kind)
+        if score_file is not None:
+            write_lines(score_file, _score_lines(store, own))
+        selections.append(selection)
+    return selections
+
+
+class _Pool:
+    """The sources of a store, opened again to read the selected rows."""
+
+    def __init__(self, store: Datastore, data: Any) -> None:
+        given = {} if data is None else {source.sha256: source for source in open_sources(data)}
+        self.rows = store.rows(verify=False)
+        self.sources = [_reopen(entry, given) for entry in store.sources]
+
+    @property
+    def kind(self) -> str:
+        """What the sources are, where they are all of one kind."""
+        kinds = {source.kind for source in self.sources}
+        return kinds.pop() if len(kinds) == 1 else "memory"
+
+    def take(self, positions: NDArray[np.int64]) -> list[Record]:
+        """The records at these positions, in this order; each source is read once."""
+        records: dict[int, Record] = {}
+        for number in np.unique(self.rows.source_N[positions]).tolist():
+            own = positions[self.rows.source_N[positions] == number]
+            taken = self.sources[number].take(self.rows.row_N[own].tolist())
+            records.update(zip(own.tolist(), taken, strict=True))
+        return [records[n] for n in positions.tolist()]
+
+
+def _reopen(entry: SourceEntry, given: Mapping[str, Source]) -> Source:
+    if entry.sha256 in given:
+        return given[entry.sha256]
+    if entry.location is None:
+        raise DataError(f"{entry.name} was given in memory when the store was built; give it again as data")
+    source = open_source(entry.location)
+    if source.sha256 != entry.sha256:
+        raise DataError(
+            f"{entry.location} has changed since the store was built: sha256 {source.sha256[:12]}, expected "
+            f"{entry.sha256[:12]}. Restore it, or give the file that was used with --data"
+        )
+    return source
+
+
+def _choose(
+    influence: InfluenceScores, count: int, *, by_turns: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of the selected rows, and the column that gives each its score."""
+    if not by_turns:
+        positions = select_top(influence.score_N, count)
+        return positions, influence.scores_NJ[positions].argmax(axis=1)
+    sets = list(dict.fromkeys(influence.target_sets))
+    columns_S = [np.array([j for j, name in enumerate(influence.target_sets) if name == s]) for s in sets]
+    best_NS = np.stack([influence.scores_NJ[:, columns].max(axis=1) for columns in columns_S], axis=1)
+    positions, picked_by = select_round_robin(best_NS, count)
+    subtask_of = [
+        columns_S[s][influence.scores_NJ[n, columns_S[s]].argmax()]
+        for n, s in zip(positions, picked_by, strict=True)
+    ]
+    return positions, np.array(subtask_of, np.int64)
+
+
+def _score_lines(store: Datastore, influence: InfluenceScores) -> Iterator[str]:
+    """One JSON object a candidate, in the pool's order; a skipped row has its reason in place of scores."""
+    rows, rank_N = influence.rows, ranks(influence.score_N)
+    position = 0
+    for span in store.manifest.ranges:
+        skipped = {row.row: row for row in span.skipped}
+        for row in range(span.start, span.stop):
+            if row in skipped:
+                scored = {"id": skipped[row].id, "score": None, "subtask": None, "rank": None, "scores": {}}
+                key = {"source": span.source, "row": row, "skipped": skipped[row].reason}
+            else:
+                scores = dict(zip(influence.subtasks, influence.scores_NJ[position].tolist(), strict=True))
+                scored = {
+                    "id": rows.ids[position],
+                    "score": float(influence.score_N[position]),
+                    "subtask": influence.subtask_N[position],
+                    "rank": int(rank_N[position]),
+                    "scores": scores,
+                }
+                key = {"source": span.source, "row": row}
+                position += 1
+            yield json.dumps(scored | key, ensure_ascii=False)
+
+
+def _files(path: str | Path | None, names: Sequence[str]) -> list[Path | None]:
+    """The file of each selection: `path` itself, or one by name inside it where it names a folder.
+
+    Raises:
+        SettingError: a single file was named for several selections.
+    """
+    if path is None:
+        return [None] * len(names)
+    path = Path(path)
+    if path.is_dir() or path.suffix not in (".jsonl", ".json", ".parquet"):
+        return [path / f"{name}.jsonl" for name in names]
+    if len(names) > 1:
+        raise SettingError(
+            f"{path} is one file, and {len(names)} target sets give a selection each; name a folder, or make one "
+            f"selection with --combine {' or '.join(COMBINATIONS)}"
+        )
+    return [path]

@@ -1,0 +1,233 @@
+"""Score a finished store against targets: their features at every checkpoint, then one scan.
+
+The model runs on the targets only, and must be the one that the store was built with, which is checked by
+fingerprint. The formulas are in `less.influence`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from datastore import Datastore
+from datastore.errors import DataError, SettingError
+from less.checkpoints import Checkpoint, find_checkpoints
+from less.data.batching import collate, plan_batches
+from less.data.rendering import RenderConfig, Renderer
+from less.data.targets import TargetSet, load_targets
+from less.features import FeatureSet, FeatureSetConfig, gradient_features
+from less.influence import InfluenceScores, influence_scores, subtask_queries
+from less.models import (
+    ParamLayout,
+    adapted_model,
+    context_length,
+    load_adapter_weights,
+    load_base_model,
+    load_tokenizer,
+)
+from less.pipeline import TOKENS_PER_BATCH, as_paths
+from less.progress import Progress
+from less.provenance import (
+    check_checkpoints,
+    check_model,
+    check_template,
+    location_of,
+    recorded_projector,
+)
+
+__all__ = ["ScoreConfig", "Scorer", "score"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Settings of scoring; what is None is taken from the store."""
+
+    feature_set: str | None = None
+    """Which of the store's feature sets; needed where it has several."""
+    aggregate: str = "mean-of-cosines"
+    """mean-of-cosines, or cosine-of-mean (the paper's text)."""
+    normalize: str = "cosine"
+    """cosine, or none: the first-order prediction of the targets' loss drop, which favours short rows."""
+    checkpoint_weights: Sequence[float] | None = None
+    """w_c in the store's order of checkpoints."""
+    system_prompt: str | None = None
+    """keep, none or a text, for the targets."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    tokens_per_batch: int | None = None
+    """Padded tokens in one batch of targets."""
+    verify: bool = True
+    """Check the checksum of every shard that is read."""
+    strict: bool = False
+    """Stop at the first target that cannot be used instead of skipping it."""
+    trust_remote_code: bool = False
+    """Let code that comes with the model run."""
+
+
+def score(
+    *,
+    datastore: "str | Path | Datastore",
+    targets: Any,
+    model: "str | Path | PreTrainedModel | None" = None,
+    tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
+    checkpoints: "str | Path | Sequence[str | Path] | None" = None,
+    progress: bool = True,
+    **settings: Any,
+) -> InfluenceScores:
+    """Influence of every scored row of a store on every subtask of the targets.
+
+    Args:
+        datastore: a sealed store.
+        targets: a file, data set or list of dicts; several as a list, or as a dict that names them.
+        model: where it is not where the build found it; likewise `tokenizer` and `checkpoints`.
+        progress: show progress on standard error.
+        **settings: fields of `ScoreConfig`.
+
+    Raises:
+        DataError: no usable target.
+        ProvenanceError: the model or a checkpoint is not the one that the store was built with.
+    """
+    store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
+    scorer = Scorer(store, ScoreConfig(**settings), model, tokenizer, checkpoints, progress)
+    return scorer.score(scorer.load_targets(targets))
+
+
+class Scorer:
+    """A store, the model that it was built with, and the settings of one scoring."""
+
+    def __init__(
+        self, store: Datastore, config: ScoreConfig, model: Any, tokenizer: Any, checkpoints: Any, progress: bool
+    ) -> None:
+        self.store, self.config, self.progress = store, config, progress
+        self.feature_set = self._choose_feature_set()
+        where = store.environment
+        self.checkpoints = self._find_checkpoints(checkpoints or where["checkpoints"])
+        self.model = load_base_model(
+            where["model"] if model is None else model,
+            dtype=store.settings["model"]["dtype"],
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+        )
+        check_model(store, self.model)
+        if tokenizer is None:
+            tokenizer = where["tokenizer"] if model is None else location_of(model)
+        self.renderer = Renderer(
+            load_tokenizer(tokenizer, trust_remote_code=config.trust_remote_code),
+            RenderConfig(**where["rendering"] | _given(system_prompt=config.system_prompt)),
+            context_length=context_length(self.model.config),
+        )
+        check_template(store, self.renderer)
+
+    def load_targets(self, targets: Any) -> list[TargetSet]:
+        """The target sets, each with a name of its own."""
+        if isinstance(targets, Mapping):
+            named = list(targets.items())
+        elif isinstance(targets, list | tuple) and not (targets and all(isinstance(t, dict) for t in targets)):
+            named = [(None, part) for part in targets]
+        else:
+            named = [(None, targets)]
+        sets = [
+            load_targets(part, self.renderer, name=name, strict=self.config.strict) for name, part in named
+        ]
+        if not sets:
+            raise DataError("no target was given; expected a file or a list of examples")
+        if len({t.name for t in sets}) < len(sets):
+            raise SettingError(
+                f"two target sets have one name among {', '.join(t.name for t in sets)}; rename a file"
+            )
+        return sets
+
+    def score(self, target_sets: Sequence[TargetSet]) -> InfluenceScores:
+        """Features of the targets at every checkpoint, then one scan of the store."""
+        columns = [(t.name, subtask) for t in target_sets for subtask in t.subtasks]
+        subtask_M = [columns.index((t.name, subtask)) for t in target_sets for subtask in t.subtask_of]
+        queries_JK = {
+            name: subtask_queries(
+                features_MK,
+                subtask_M,
+                len(columns),
+                aggregate=self.config.aggregate,
+                normalize=self.config.normalize,
+            )
+            for name, features_MK in self._target_features(target_sets)
+        }
+        scores_NJ = influence_scores(
+            self.store,
+            self.feature_set,
+            queries_JK,
+            {checkpoint.name: checkpoint.weight for checkpoint in self.checkpoints},
+            normalize=self.config.normalize,
+            verify=self.config.verify,
+            progress=self.progress,
+        )
+        return InfluenceScores(
+            rows=self.store.rows(verify=self.config.verify),
+            scores_NJ=scores_NJ,
+            subtasks=tuple(subtask for _, subtask in columns),
+            target_sets=tuple(name for name, _ in columns),
+        )
+
+    def _target_features(self, target_sets: Sequence[TargetSet]) -> Iterator[tuple[str, Tensor]]:
+        """ψ of every target, set after set, at each checkpoint: (M, K) float32, not normalised."""
+        rendered = [row for t in target_sets for row in t.rendered]
+        ids = [name for t in target_sets for name in t.ids]
+        device = self.model.device
+        budget = self.config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
+        batches = plan_batches([row.num_tokens for row in rendered], budget)
+        total = len(rendered) * len(self.checkpoints)
+        with (
+            adapted_model(self.model, self.checkpoints[0].path) as model,
+            Progress(total=total, description="targets", enabled=self.progress) as bar,
+        ):
+            layout = ParamLayout.of(model)
+            projector = recorded_projector(self.store, self.feature_set, layout)
+            plain = FeatureSetConfig(update_rule="sgd", projection=projector.config)
+            for checkpoint in self.checkpoints:
+                load_adapter_weights(model, checkpoint.path)
+                psi = FeatureSet.prepare(plain, layout, projector, None, device)
+                features_MK = torch.empty(len(rendered), projector.dim)
+                for rows in batches:
+                    batch = collate(rendered, rows, pad_id=self.renderer.pad_id)
+                    features = gradient_features(model, batch.to(device), [psi])
+                    features_MK[rows] = features.features_BK[psi.name].cpu()
+                    bar.advance(len(rows), batch.num_tokens)
+                _refuse_dead_targets(features_MK, ids, checkpoint.name)
+                yield checkpoint.name, features_MK
+
+    def _choose_feature_set(self) -> str:
+        available = self.store.feature_sets
+        if self.config.feature_set is None and len(available) == 1:
+            return available[0]
+        if self.config.feature_set not in available:
+            asked = "none was chosen" if self.config.feature_set is None else f"no {self.config.feature_set!r}"
+            raise SettingError(
+                f"{self.store.path} holds the feature sets {', '.join(available)}, {asked}; "
+                "choose one with --feature-set"
+            )
+        return self.config.feature_set
+
+    def _find_checkpoints(self, given: Any) -> list[Checkpoint]:
+        """The store's checkpoints, found again, under the store's names and weights."""
+        recorded = self.store.settings["checkpoints"]
+        weights = self.config.checkpoint_weights or [entry["weight"] for entry in recorded.values()]
+        found = find_checkpoints(as_paths(given), weights)
+        check_checkpoints(self.store, found)
+        return [replace(checkpoint, name=name) for checkpoint, name in zip(found, recorded, strict=True)]
+
+
+def _refuse_dead_targets(features_MK: Tensor, ids: Sequence[str], checkpoint: str) -> None:
+    norms_M = torch.linalg.vector_norm(features_MK, dim=1)
+    dead = [name for name, norm in zip(ids, norms_M.tolist(), strict=True) if not 0 < norm < float("inf")]
+    if dead:
+        raise DataError(
+            f"target {dead[0]} has a gradient that is zero or not finite at {checkpoint} ({len(dead)} such "
+            "targets): there is no cosine with it. Take it out of the targets"
+        )
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}

@@ -1,0 +1,337 @@
+"""A reader sees exactly the scored rows, in pool order, and no byte that is not as it was sealed."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_stores import K, build_store, make_shard, source, tree
+
+from datastore import Datastore, RowStats, store
+from datastore.build import json_hash
+from datastore.errors import DamagedStoreError, FormatVersionError, SettingError, StoreError
+
+SKIP = {
+    ("checkpoint-2", 0): {1: "not JSON", 6: "zero norm"},
+    ("checkpoint-10", 0): {1: "not finite", 4: "not finite"},
+    ("checkpoint-10", 1): {0: "zero norm", 1: "zero norm", 2: "zero norm"},
+}
+SHARD = "shards/adam/checkpoint-2/s0000-0000000000-0000000003.safetensors"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return build_store(tmp_path_factory.mktemp("built"), source("pool", 7), source("more", 4), skip=SKIP)
+
+
+@pytest.fixture
+def folder(built, tmp_path):
+    return Path(shutil.copytree(built, tmp_path / "ds"))
+
+
+def features_of(opened, feature_set="adam", checkpoint="checkpoint-2", **options):
+    blocks = list(opened.iter_blocks(feature_set, checkpoint, **options))
+    return np.concatenate([block.features_nK for block in blocks]) if blocks else np.zeros((0, K))
+
+
+def test_a_row_that_is_bad_at_any_checkpoint_is_nowhere(folder):
+    opened = Datastore.open(folder)
+    table = opened.rows()
+    assert list(zip(table.sources_N, table.rows_N, strict=True)) == [(0, 0), (0, 2), (0, 3), (0, 5), (1, 3)]
+    assert table.ids == ["id-0", "id-2", "id-3", "id-5", "id-3"]
+    assert table.num_tokens_N.tolist() == [10, 12, 13, 15, 13]
+    assert table.num_supervised_N.tolist() == [1, 3, 4, 6, 4]
+    assert table.truncated_N.tolist() == [False, False, True, True, True]
+    assert table.digests_N.tolist() == [row * 1_000_003 for row in (0, 2, 3, 5, 3)]
+    assert opened.num_rows == 5
+    assert [(row.row, row.reason) for row in opened.skipped] == [
+        (1, "not JSON"), (4, "not finite"), (6, "zero norm"),
+        (0, "zero norm"), (1, "zero norm"), (2, "zero norm"),
+    ]  # fmt: skip
+    reasons = {"not JSON": 1, "not finite": 1, "zero norm": 4}
+    assert opened.manifest.counts == {"num_rows": 11, "num_scored": 5, "num_skipped": reasons}
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    num_rows=st.lists(st.integers(1, 9), min_size=1, max_size=2),
+    shard_rows=st.integers(1, 10),
+    bad=st.sets(
+        st.tuples(st.sampled_from(["checkpoint-2", "checkpoint-10"]), st.integers(0, 1), st.integers(0, 8))
+    ),
+)
+def test_blocks_are_the_scored_rows_in_pool_order(tmp_path_factory, num_rows, shard_rows, bad):
+    skip = {}
+    for checkpoint, number, row in bad:
+        skip.setdefault((checkpoint, number), {})[row] = "not finite"
+    sources = [source(f"pool{number}", rows) for number, rows in enumerate(num_rows)]
+    path = build_store(tmp_path_factory.mktemp("ds"), *sources, skip=skip, shard_rows=shard_rows)
+    opened = Datastore.open(path)
+    dropped = {(number, row) for _, number, row in bad}
+    names = [item.name for item in fields(RowStats)]
+    for feature_set in opened.feature_sets:
+        for checkpoint in opened.checkpoints:
+            expected, position = [], 0
+            for key in opened.manifest.shard_keys():
+                if (key.feature_set, key.checkpoint) == (feature_set, checkpoint):
+                    shard = make_shard(key)
+                    keep = [(key.source, row) not in dropped for row in shard.rows_N.tolist()]
+                    expected.append([shard.features_NK[keep], *(getattr(shard, n)[keep] for n in names)])
+            blocks = list(opened.iter_blocks(feature_set, checkpoint))
+            for block in blocks:
+                assert block.start == position
+                position = block.stop
+                assert block.features_nK.shape == (block.stop - block.start, K)
+            assert position == opened.num_rows == len(opened.rows().ids)
+            stats = opened.stats(feature_set, checkpoint)
+            found = [features_of(opened, feature_set, checkpoint), *(getattr(stats, n) for n in names)]
+            for ours, parts in zip(found, zip(*expected, strict=True), strict=True):
+                np.testing.assert_array_equal(ours, np.concatenate(parts))
+
+
+def test_nothing_is_copied_where_no_row_is_dropped(tmp_path):
+    opened = Datastore.open(build_store(tmp_path))
+    assert all(
+        isinstance(block.features_nK, np.memmap) for block in opened.iter_blocks("adam", "checkpoint-2")
+    )
+
+
+def test_what_a_store_is_can_be_asked(folder):
+    opened = Datastore.open(folder)
+    assert opened.feature_sets == ["adam", "sgd"]
+    assert opened.checkpoints == ["checkpoint-2", "checkpoint-10"]
+    assert [one.name for one in opened.sources] == ["pool", "more"]
+    assert opened.proj_dim("sgd") == K
+    assert opened.num_bytes == sum(len(data) for name, data in tree(folder).items() if "/" in name)
+    np.testing.assert_array_equal(opened.direction("adam", "checkpoint-2"), np.arange(K))
+    for call in (
+        lambda: opened.proj_dim("rademacher"),
+        lambda: opened.direction("adam", "checkpoint-3"),
+        lambda: opened.stats("rademacher", "checkpoint-2"),
+        lambda: list(opened.iter_blocks("adam", "checkpoint-3")),
+    ):
+        with pytest.raises(
+            SettingError, match=r"has no (feature set 'rademacher'|checkpoint 'checkpoint-3'); it has"
+        ):
+            call()
+
+
+def test_what_is_no_store_is_refused(tmp_path):
+    (tmp_path / "file").write_text("text")
+    for path in (tmp_path, tmp_path / "absent", tmp_path / "file"):
+        with pytest.raises(StoreError, match=r"no datastore at .*: expected a folder with manifest.json"):
+            Datastore.open(path)
+
+
+def test_an_unfinished_build_says_how_to_resume(folder):
+    (folder / "manifest.json").unlink()
+    with pytest.raises(StoreError, match=r"is not finished: .* Rerun the same `gradsift build-datastore`"):
+        Datastore.open(folder)
+
+
+def test_files_that_the_manifest_does_not_list_do_not_matter(folder):
+    (folder / "shards/adam/checkpoint-2/s0000-0000000000-0000000009.safetensors").write_bytes(b"junk")
+    Datastore.open(folder).verify()
+
+
+# --- damage
+
+
+def alter(path, at=-4):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+def test_missing_and_truncated_files_are_all_named_on_opening(folder):
+    (folder / SHARD).unlink()
+    other = folder / "directions/sgd/checkpoint-10.safetensors"
+    size = other.stat().st_size
+    other.write_bytes(other.read_bytes()[:-1])
+    with pytest.raises(DamagedStoreError) as caught:
+        Datastore.open(folder)
+    message = str(caught.value)
+    assert f"{SHARD} is damaged: it is missing" in message
+    assert f"checkpoint-10.safetensors is damaged: it has {size - 1} bytes, expected {size}" in message
+    assert "Delete these files and rerun the same `gradsift build-datastore` command" in message
+
+
+def test_an_altered_byte_is_found_before_its_features_are_handed_out(folder):
+    alter(folder / SHARD)
+    opened = Datastore.open(folder)
+    for use in (
+        lambda: next(opened.iter_blocks("adam", "checkpoint-2")),
+        lambda: opened.stats("adam", "checkpoint-2"),
+        lambda: opened.rows(),
+        lambda: opened.verify(),
+    ):
+        with pytest.raises(DamagedStoreError, match=rf"{SHARD} is damaged: its checksum"):
+            use()
+    assert len(features_of(opened, "sgd")) == len(features_of(opened, verify=False)) == opened.num_rows
+
+
+def test_an_altered_direction_is_found(folder):
+    alter(folder / "directions/adam/checkpoint-2.safetensors")
+    with pytest.raises(DamagedStoreError, match="checksum"):
+        Datastore.open(folder).direction("adam", "checkpoint-2")
+
+
+def test_verify_names_every_bad_file(folder):
+    opened = Datastore.open(folder)
+    bad = {SHARD, "directions/sgd/checkpoint-10.safetensors"}
+    for path in bad:
+        alter(folder / path)
+    found = list(opened.iter_verify())
+    assert {path for path, _, problem in found if problem} == bad
+    assert sum(num_bytes for _, num_bytes, _ in found) == opened.num_bytes
+    with pytest.raises(DamagedStoreError) as caught:
+        opened.verify()
+    assert all(path in str(caught.value) for path in bad)
+
+
+def test_damage_is_mended_as_the_error_says(folder):
+    whole = tree(folder)
+    alter(folder / SHARD)
+    (folder / SHARD).unlink()
+    build_store(folder, source("pool", 7), source("more", 4), skip=SKIP)
+    assert tree(folder) == whole
+
+
+def test_a_file_is_hashed_at_most_once(folder, monkeypatch):
+    hashed = []
+    real = hashlib.sha256
+
+    def counting(data=b""):
+        hashed.append(len(data))
+        return real(data)
+
+    opened = Datastore.open(folder)
+    monkeypatch.setattr("datastore.files.hashlib.sha256", counting)
+    for _ in range(2):
+        features_of(opened)
+        opened.rows()
+        opened.stats("adam", "checkpoint-2")
+    assert len(hashed) == len(opened.manifest.ranges)
+
+
+# --- hostile manifests
+
+
+def forge(folder, edit, *, seal=True):
+    path = folder / "manifest.json"
+    doc = json.loads(path.read_text())
+    edit(doc)
+    if seal:
+        doc["sha256"] = json_hash({name: doc[name] for name in doc if name != "sha256"})
+    path.write_text(json.dumps(doc))
+
+
+def rename_shard(name):
+    return lambda doc: doc["shards"].update({name: doc["shards"].pop(SHARD)})
+
+
+def test_an_edited_manifest_is_refused(folder):
+    forge(folder, lambda doc: doc["counts"].update(num_scored=6), seal=False)
+    with pytest.raises(
+        DamagedStoreError, match=r"manifest.json is damaged: its checksum .* Delete this file"
+    ):
+        Datastore.open(folder)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        rename_shard("/etc/passwd"),
+        rename_shard("../outside.safetensors"),
+        rename_shard("shards/adam/../../../outside.safetensors"),
+        lambda doc: doc["shards"].pop(SHARD),
+        lambda doc: doc["shards"].update(extra=doc["shards"][SHARD]),
+        lambda doc: doc["shards"][SHARD].update(num_bytes="1"),
+        lambda doc: doc["shards"][SHARD].pop("sha256"),
+        lambda doc: doc["directions"].clear(),
+        lambda doc: doc["features"].pop("sgd"),
+        lambda doc: doc["ranges"].pop(),
+        lambda doc: doc["ranges"].reverse(),
+        lambda doc: doc["ranges"][0].update(stop=2),
+        lambda doc: doc["ranges"][0]["skipped"][0].update(row=99),
+        lambda doc: doc["ranges"][0]["skipped"].append(doc["ranges"][0]["skipped"][0]),
+        lambda doc: doc["ranges"][0].update(skipped=None),
+        lambda doc: doc["sources"][0].update(num_rows=10**18),
+        lambda doc: doc["sources"][0].update(num_rows=-1),
+        lambda doc: doc["sources"][0].update(location=3),
+        lambda doc: doc.update(feature_sets=["adam", ".."]),
+        lambda doc: doc.update(shard_rows=0),
+        lambda doc: doc.update(shard_rows=True),
+        lambda doc: doc.update(settings={"dtype": "float32"}),
+        lambda doc: doc.update(settings_hash="00"),
+        lambda doc: doc.update(counts={}),
+        lambda doc: doc.pop("counts"),
+        lambda doc: doc.update(environments="none"),
+        lambda doc: doc.update(extra=1),
+        lambda doc: doc.update(version="1"),
+        lambda doc: doc.update(version=0),
+        lambda doc: doc.update(format="zarr"),
+    ],
+)
+def test_a_forged_manifest_is_refused(folder, edit):
+    forge(folder, edit)
+    with pytest.raises(DamagedStoreError, match=r"manifest.json is damaged"):
+        Datastore.open(folder)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"null", b"\xff\xfe", b"[" * 100_000, b"9" * 5000], ids=range(6))
+def test_a_manifest_that_is_no_json_is_refused(folder, text):
+    (folder / "manifest.json").write_bytes(text)
+    with pytest.raises(DamagedStoreError, match=r"manifest.json is damaged"):
+        Datastore.open(folder)
+
+
+def test_a_manifest_that_is_a_folder_is_refused(folder):
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
+    with pytest.raises(DamagedStoreError, match=r"manifest.json is damaged"):
+        Datastore.open(folder)
+
+
+def test_a_newer_version_is_refused_by_its_number(folder):
+    forge(folder, lambda doc: doc.update(version=2, something_new=[]), seal=False)
+    with pytest.raises(FormatVersionError, match=r"format version 2; this gradsift reads up to 1. Upgrade"):
+        Datastore.open(folder)
+
+
+def test_a_link_out_of_the_folder_is_refused(folder, tmp_path):
+    (folder / SHARD).rename(tmp_path / "outside.safetensors")
+    (folder / SHARD).symlink_to(tmp_path / "outside.safetensors")
+    with pytest.raises(DamagedStoreError, match="it is a link out of the datastore"):
+        Datastore.open(folder)
+
+
+def test_a_link_to_the_folder_itself_is_fine(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    Datastore.open(tmp_path / "link").verify()
+
+
+def test_a_shard_that_contradicts_the_manifest_is_refused(folder, monkeypatch):
+    """Even one with the right checksum: the manifest was forged to fit it."""
+
+    def edit(doc):
+        doc["features"]["adam"]["proj_dim"] = K + 1
+
+    forge(folder, edit)
+    with pytest.raises(DamagedStoreError, match=rf"its features are \(2, {K}\), expected \(2, {K + 1}\)"):
+        features_of(Datastore.open(folder))
+
+
+def test_a_store_can_be_moved(folder, tmp_path):
+    shutil.move(folder, tmp_path / "moved")
+    Datastore.open(tmp_path / "moved").verify()
+
+
+def test_every_column_has_a_dtype():
+    names = {*store.RowTable.__annotations__, *store.RowStats.__annotations__} - {"sources_N"}
+    assert names == set(store.COLUMN_DTYPES)

@@ -1,0 +1,65 @@
+"""Batches cover every row once, keep to the budget, and never mistake padding for a token."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datastore.errors import SettingError
+from less.data import Rendered, collate, plan_batches
+
+lengths = st.lists(st.integers(1, 200), max_size=60)
+budgets = st.integers(1, 1000)
+
+
+@given(lengths, budgets)
+def test_every_row_is_in_one_batch_and_a_batch_keeps_to_the_budget(lengths, budget):
+    batches = plan_batches(lengths, budget)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= budget
+
+
+@given(lengths, budgets)
+def test_the_longest_rows_come_first_and_ties_keep_their_order(lengths, budget):
+    order = [row for batch in plan_batches(lengths, budget) for row in batch]
+    assert order == sorted(order, key=lambda row: (-lengths[row], row))
+
+
+@given(lengths, budgets)
+def test_no_batch_has_room_for_the_row_after_it(lengths, budget):
+    batches = plan_batches(lengths, budget)
+    for batch in batches[:-1]:
+        assert (len(batch) + 1) * lengths[batch[0]] > budget
+
+
+def test_a_budget_must_be_positive():
+    with pytest.raises(SettingError, match="tokens per batch must be positive, got 0"):
+        plan_batches([1], 0)
+
+
+def rendered(*ids):
+    return Rendered(list(ids), [False] + [True] * (len(ids) - 1), truncated=False)
+
+
+def test_padding_is_known_by_its_place_and_not_by_its_id():
+    rows = [rendered(7, 0), rendered(5, 0, 0), rendered(9)]
+    batch = collate(rows, [1, 0], pad_id=0)
+    assert batch.input_ids_BT.tolist() == [[5, 0, 0], [7, 0, 0]]
+    assert batch.attention_mask_BT.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.supervised_BT.tolist() == [[False, True, True], [False, True, False]]
+    assert batch.input_ids_BT.dtype == batch.attention_mask_BT.dtype == torch.int64
+    assert batch.position_ids_BT is None
+    assert batch.rows == [1, 0]
+    assert batch.num_tokens == 5
+
+
+def test_left_padding_comes_with_positions():
+    batch = collate([rendered(7, 8), rendered(5, 6, 4)], [0, 1], pad_id=0, padding_side="left").to("cpu")
+    assert batch.input_ids_BT.tolist() == [[0, 7, 8], [5, 6, 4]]
+    assert batch.attention_mask_BT.tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert batch.supervised_BT.tolist() == [[False, False, True], [False, True, True]]
+    assert batch.position_ids_BT is not None
+    assert batch.position_ids_BT.tolist() == [[0, 0, 1], [0, 1, 2]]
+    with pytest.raises(SettingError, match="padding side"):
+        collate([rendered(7)], [0], pad_id=0, padding_side="both")

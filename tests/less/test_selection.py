@@ -1,0 +1,59 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datastore.errors import SettingError
+from less.selection import num_to_select, ranks, select_round_robin, select_top
+
+SCORES = st.lists(st.integers(-3, 3), min_size=1, max_size=30).map(lambda xs: np.array(xs, np.float32))
+
+
+@given(SCORES, st.data())
+def test_select_top_equals_a_stable_sort(scores_N, data):
+    count = data.draw(st.integers(1, len(scores_N)))
+    expected = sorted(range(len(scores_N)), key=lambda n: (-scores_N[n], n))[:count]
+    assert select_top(scores_N, count).tolist() == expected
+
+
+@given(SCORES)
+def test_ranks_are_the_places_in_select_top(scores_N):
+    order = select_top(scores_N, len(scores_N))
+    assert ranks(scores_N)[order].tolist() == list(range(1, len(scores_N) + 1))
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.data())
+def test_round_robin_takes_each_columns_best_that_is_left(num_rows, num_columns, data):
+    values = data.draw(st.lists(st.integers(0, 4), min_size=num_rows * num_columns, max_size=num_rows * num_columns))
+    scores_NS = np.array(values, np.float32).reshape(num_rows, num_columns)
+    count = data.draw(st.integers(1, num_rows))
+    picked, column = select_round_robin(scores_NS, count)
+    left = set(range(num_rows))
+    for turn in range(count):
+        assert column[turn] == turn % num_columns
+        best = min(left, key=lambda n: (-scores_NS[n, column[turn]], n))
+        assert picked[turn] == best
+        left.remove(best)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "num_rows", "expected"), [(0.05, 1000, 50), (0.07, 100, 7), (0.05, 19, 1), (1.0, 3, 3), (0.051, 100, 6)]
+)
+def test_fraction_takes_the_exact_ceiling(fraction, num_rows, expected):
+    assert num_to_select(num_rows, fraction=fraction) == expected
+
+
+@given(st.decimals("0.001", "1", places=3), st.integers(1, 10_000))
+def test_fraction_never_selects_less_than_asked_nor_a_row_more(fraction, num_rows):
+    count = num_to_select(num_rows, fraction=float(fraction))
+    assert count == math.ceil(fraction * num_rows)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"fraction": 0.1, "count": 1}, {"fraction": 0.0}, {"fraction": 1.1}, {"count": 0}, {"count": 11}]
+)
+def test_a_size_out_of_range_is_refused(arguments):
+    with pytest.raises(SettingError):
+        num_to_select(10, **arguments)
