@@ -124,6 +124,11 @@ class Datastore:
         return self.manifest.settings
 
     @property
+    def environment(self) -> dict[str, Any]:
+        """The machine and versions that wrote to it last, and where they found things."""
+        return self.manifest.environments[-1]
+
+    @property
     def sources(self) -> list[SourceEntry]:
         """The pool; a source's number is its place."""
         return self.manifest.sources

@@ -97,9 +97,12 @@ def find_checkpoints(paths: Sequence[str | Path], weights: Sequence[float] | Non
     Raises:
         CheckpointError: nothing there, a checkpoint is incomplete or given twice, its adapter is of another
             shape than the first one's, or no learning rate can be found.
-        SettingError: `weights` has the wrong length, a negative or infinite member, or only zeros.
+        SettingError: no path is given; `weights` has the wrong length, a negative or infinite member, or
+            only zeros.
     """
     folders = [folder for path in paths for folder in _checkpoint_folders(Path(path))]
+    if not folders:
+        raise SettingError("no checkpoint is given; expected run or checkpoint folders")
     for index, folder in enumerate(folders):
         if folder in folders[:index]:
             raise CheckpointError(f"{folder} is given twice; give each checkpoint once")

@@ -10,6 +10,7 @@ rightly are refused here, by name. Training is `less.training`'s business, Adam'
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "lora_layers",
+    "lora_model",
+    "lora_parameters",
     "model_fingerprint",
     "resolve_device",
     "resolve_dtype",
@@ -195,13 +198,17 @@ def load_base_model(
         return model.eval()
     where = resolve_device(device)
     if not isinstance(model, str | Path):
-        raise ModelError(f"model must be a name, a folder or a transformers model, got {type(model).__name__}")
+        raise ModelError(
+            f"model must be a name, a folder or a transformers model, got {type(model).__name__}"
+        )
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             str(model), dtype=resolve_dtype(dtype, where), trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as err:
-        raise ModelError(f"no causal language model can be loaded from {str(model)!r}: {_first_line(err)}") from err
+        raise ModelError(
+            f"no causal language model can be loaded from {str(model)!r}: {_first_line(err)}"
+        ) from err
     return loaded.to(where).eval()
 
 
@@ -234,31 +241,46 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 @contextmanager
-def adapted_model(base: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
-    """`base` with the LoRA adapter of a checkpoint folder; the base is given back as it was.
+def lora_model(base: PreTrainedModel, config: LoraConfig) -> Iterator[PeftModel]:
+    """`base` with an untrained LoRA adapter; afterwards, whatever happens, the base is as it was.
 
     Adapter weights are kept in float32 whatever the base's dtype, as PEFT trains them.
+
+    Raises:
+        UnsupportedError: the adapter does not fit the model, or its per-sample gradients would be wrong.
+    """
+    required_grad = {name: p.requires_grad for name, p in base.named_parameters()}
+    use_cache, training = getattr(base.config, "use_cache", None), base.training
+    try:
+        try:
+            model = get_peft_model(base, config)
+        except ValueError as err:
+            raise UnsupportedError(f"target_modules do not fit this model: {_first_line(err)}") from err
+        _refuse_unsupported_layers(model)
+        yield model
+    finally:
+        # PEFT's own `unload` needs the PeftModel, and a failure half-way through the injection leaves none.
+        for name, layer in lora_layers(base).items():
+            base.set_submodule(name, layer.get_base_layer())
+        vars(base).pop("peft_config", None)
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(required_grad[name])
+        if use_cache is not None:
+            base.config.use_cache = use_cache  # the Trainer turns it off
+        base.train(training)
+
+
+@contextmanager
+def adapted_model(base: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
+    """`base` with the LoRA adapter of a checkpoint folder; the base is given back as it was.
 
     Raises:
         CheckpointError: the folder holds no adapter, or one that does not fit the model.
         UnsupportedError: an adapter whose per-sample gradients would be wrong.
     """
-    config = _load_adapter_config(folder)
-    required_grad = {name: p.requires_grad for name, p in base.named_parameters()}
-    try:
-        model = get_peft_model(base, config)
-    except ValueError as err:
-        raise CheckpointError(f"{folder}: its adapter does not fit this model: {_first_line(err)}") from err
-    try:
-        _refuse_unsupported_layers(model)
+    with lora_model(base, _load_adapter_config(folder)) as model:
         load_adapter_weights(model, folder)
         yield model.eval()
-    finally:
-        model.unload()
-        if hasattr(base, "peft_config"):
-            del base.peft_config
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(required_grad[name])
 
 
 def load_adapter_weights(model: nn.Module, folder: Path) -> None:
@@ -269,7 +291,9 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
     """
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
-        raise CheckpointError(f"{folder}: no {ADAPTER_WEIGHTS}; expected a folder as the Trainer or PEFT saves it")
+        raise CheckpointError(
+            f"{folder}: no {ADAPTER_WEIGHTS}; expected a folder as the Trainer or PEFT saves it"
+        )
     try:
         saved = load_file(file)
     except SafetensorError as err:
@@ -279,7 +303,9 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
         if name not in saved:
             raise CheckpointError(f"{file} lacks {name}, which its {ADAPTER_CONFIG} asks for on this model")
         if name not in parameters:
-            raise CheckpointError(f"{file} holds {name}, which this model has not; is it the right base model?")
+            raise CheckpointError(
+                f"{file} holds {name}, which this model has not; is it the right base model?"
+            )
         if saved[name].shape != parameters[name].shape:
             raise CheckpointError(
                 f"{name} has shape {tuple(saved[name].shape)} in {file} and {tuple(parameters[name].shape)} "
@@ -298,7 +324,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 def lora_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The LoRA parameters in `named_parameters` order, under the names PEFT saves them by."""
     return {
-        name.replace(".default.", "."): parameter
+        re.sub(r"(\.lora_[AB])\.default\.", r"\1.", name): parameter
         for name, parameter in model.named_parameters()
         if "lora_" in name
     }
@@ -368,7 +394,9 @@ def _refuse_unsupported_layers(model: PeftModel) -> None:
                 f"{name}: LoRA on the LM head is not supported; leave it out of target_modules"
             )
         if layer.lora_variant:
-            raise UnsupportedError(f"{name}: LoRA variant {layer.lora_variant} is not supported; train plain LoRA")
+            raise UnsupportedError(
+                f"{name}: LoRA variant {layer.lora_variant} is not supported; train plain LoRA"
+            )
 
 
 def _first_line(err: BaseException) -> str:

@@ -315,7 +315,7 @@ class _Builder:
         queue = plan_batches([row.num_tokens for row in rendered], self.tokens_per_batch)[::-1]
         while queue:
             rows = queue.pop()
-            batch = collate(rendered, rows, pad_id=self.renderer.pad_id)
+            batch = collate(rendered, rows)
             try:
                 features = gradient_features(self.model, batch.to(self.device), wanted)
             except torch.OutOfMemoryError:

@@ -168,9 +168,9 @@ class _Pool:
     def take(self, positions: NDArray[np.int64]) -> list[Record]:
         """The records at these positions, in this order; each source is read once."""
         records: dict[int, Record] = {}
-        for number in np.unique(self.rows.source_N[positions]).tolist():
-            own = positions[self.rows.source_N[positions] == number]
-            taken = self.sources[number].take(self.rows.row_N[own].tolist())
+        for number in np.unique(self.rows.sources_N[positions]).tolist():
+            own = positions[self.rows.sources_N[positions] == number]
+            taken = self.sources[number].take(self.rows.rows_N[own].tolist())
             records.update(zip(own.tolist(), taken, strict=True))
         return [records[n] for n in positions.tolist()]
 

@@ -191,7 +191,7 @@ class Scorer:
                 psi = FeatureSet.prepare(plain, layout, projector, None, device)
                 features_MK = torch.empty(len(rendered), projector.dim)
                 for rows in batches:
-                    batch = collate(rendered, rows, pad_id=self.renderer.pad_id)
+                    batch = collate(rendered, rows)
                     features = gradient_features(model, batch.to(device), [psi])
                     features_MK[rows] = features.features_BK[psi.name].cpu()
                     bar.advance(len(rows), batch.num_tokens)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -36,11 +36,10 @@ from less.data.rendering import RenderConfig, Rendered, Renderer
 from less.data.writing import write_lines
 from less.gradients import token_losses
 from less.models import (
-    _refuse_unsupported_layers,
     context_length,
     load_base_model,
     load_tokenizer,
-    lora_layers,
+    lora_model,
     model_fingerprint,
 )
 from less.progress import Progress
@@ -194,7 +193,7 @@ def warmup(
     record = _open_record(run, recorded)
     num_computed = 0
     if record.get("result") is None:
-        with _randomness(config.seed), _new_adapter(base, config) as adapted:
+        with _randomness(config.seed), lora_model(base, _lora(config)) as adapted:
             rendered, skipped = _draw(source, renderer, config, progress)
             num_steps = config.epochs * ceil(len(rendered) / config.batch_size)
             if num_steps < _FEW_STEPS:
@@ -394,41 +393,15 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
-@contextmanager
-def _new_adapter(base: PreTrainedModel, config: WarmupConfig) -> Iterator[PeftModel]:
-    """`base` with an untrained adapter; the base is given back as it was."""
-    required_grad = {name: p.requires_grad for name, p in base.named_parameters()}
-    use_cache = getattr(base.config, "use_cache", None)  # the Trainer turns it off
+def _lora(config: WarmupConfig) -> LoraConfig:
     targets = config.target_modules
-    lora = LoraConfig(
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
-    try:
-        model = _adapted(base, lora)
-        _refuse_unsupported_layers(model)
-        yield model
-    finally:
-        for name, layer in lora_layers(
-            base
-        ).items():  # `unload` needs a PeftModel, which a failure leaves none of
-            base.set_submodule(name, layer.get_base_layer())
-        vars(base).pop("peft_config", None)
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(required_grad[name])
-        if use_cache is not None:
-            base.config.use_cache = use_cache
-        base.eval()
-
-
-def _adapted(base: PreTrainedModel, lora: LoraConfig) -> PeftModel:
-    try:
-        return get_peft_model(base, lora)
-    except ValueError as err:
-        raise SettingError(f"--target-modules does not fit this model: {str(err).splitlines()[0]}") from err
 
 
 @contextmanager

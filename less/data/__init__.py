@@ -11,7 +11,7 @@ from less.data.batching import Batch, collate, plan_batches
 from less.data.conversations import REASONS, Conversation, RowProblem, conversation_of
 from less.data.records import Record, Source, open_source
 from less.data.rendering import RenderConfig, Rendered, Renderer
-from less.data.targets import SkippedTarget, TargetSet, load_targets
+from less.data.targets import SkippedRow, TargetSet, load_targets
 from less.data.writing import write_lines, write_selected
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "Rendered",
     "Renderer",
     "RowProblem",
-    "SkippedTarget",
+    "SkippedRow",
     "Source",
     "TargetSet",
     "collate",

@@ -75,7 +75,7 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
 
 
 def collate(
-    rendered: Sequence[Rendered], rows: Sequence[int], *, pad_id: int, padding_side: str = "right"
+    rendered: Sequence[Rendered], rows: Sequence[int], *, pad_id: int = 0, padding_side: str = "right"
 ) -> Batch:
     """The rows `rows` of `rendered` as one batch, padded on `padding_side` to the longest.
 

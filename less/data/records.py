@@ -109,7 +109,7 @@ def _open_file(path: Path) -> Source:
             f"cannot tell the format of {path}; expected a name that ends in {', '.join(SUFFIXES)}"
         )
     with open(path, "rb") as file:
-        if path.suffix == ".json" and file.read(ROWS_AT_ONCE).lstrip(BOM).lstrip().startswith(b"["):
+        if path.suffix == ".json" and file.read(ROWS_AT_ONCE).removeprefix(BOM).lstrip().startswith(b"["):
             raise DataError(
                 f"{path} is one JSON array; expected JSON Lines, one object a line. "
                 f"Convert it with: jq -c '.[]' {path} > {path}l"

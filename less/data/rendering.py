@@ -171,15 +171,21 @@ class Renderer:
         prompted = self._template.try_text(question, generation_prompt=True)
         self._has_generation_prompt = asked is None or asked != prompted
 
-        answered = self._template.try_text(Conversation(messages=[*question.messages, reply])) or ""
-        _, found, tail = answered.partition(_SENTINEL)
+        answered = self._template.try_text(Conversation(messages=[*question.messages, reply]))
+        _, shown, tail = (answered or "").partition(_SENTINEL)
+        if answered is not None and not shown:
+            raise ModelError(
+                "the chat template leaves out an assistant's text (some for images do); "
+                "name another: --chat-template tulu|chatml|FILE"
+            )
         added = self._tokenizer.added_tokens_decoder.values()
         special = _pattern_of(token.content for token in added if token.special)
-        match = re.match(special, tail)
+        match = re.match(rf"\s*{special}+", tail)
         closing = match.group() if match else tail.rstrip()
         self._after_closing = tail[len(closing) :]
         # In the middle of a chat some templates close a turn with another special token than at its end.
-        patterns = [re.escape(closing), special] if closing else [] if found else [special]
+        another = rf"\s*{special}"
+        patterns = [re.escape(closing), another] if closing else [] if shown else [another]
         self._closing = re.compile("|".join(patterns))
 
     def _learn_system_prompt(self) -> None:
@@ -221,7 +227,7 @@ class Renderer:
             end = closing.end()
         else:
             raise RowProblem("span not found", f"no end-of-turn token follows turn {turn + 1} (assistant)")
-        if start >= end:
+        if start >= end or self._closing.fullmatch(text, start, end):
             raise RowProblem("span not found", f"the template renders turn {turn + 1} (assistant) as nothing")
         return start, end
 
@@ -250,9 +256,9 @@ def _turn(role: str, content: str) -> dict[str, Any]:
 
 
 def _pattern_of(tokens: Iterable[str]) -> str:
-    """White space and one of `tokens`, the longest that fits."""
+    """One of `tokens`, the longest that fits."""
     longest_first = sorted(tokens, key=len, reverse=True)
-    return rf"\s*(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})"
+    return f"(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})"
 
 
 def _overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:

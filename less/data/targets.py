@@ -14,11 +14,11 @@ from less.data.conversations import RowProblem
 from less.data.records import open_source
 from less.data.rendering import Rendered, Renderer
 
-__all__ = ["SkippedTarget", "TargetSet", "load_targets"]
+__all__ = ["SkippedRow", "TargetSet", "load_targets"]
 
 
 @dataclass(frozen=True)
-class SkippedTarget:
+class SkippedRow:
     """A target that cannot be used, and why."""
 
     where: str
@@ -43,7 +43,7 @@ class TargetSet:
     """The subtask of each."""
     ids: list[str]
     """The label of each."""
-    skipped: list[SkippedTarget]
+    skipped: list[SkippedRow]
     """The targets that cannot be used."""
     sha256: str
     """Hash of the source."""
@@ -85,7 +85,7 @@ def load_targets(
                 raise RowError(
                     f"{record.where}: {problem}; mend the row, or leave strict mode to skip it"
                 ) from None
-            targets.skipped.append(SkippedTarget(record.where, record.id, problem.reason, problem.detail))
+            targets.skipped.append(SkippedRow(record.where, record.id, problem.reason, problem.detail))
             continue
         subtask = (record.columns or {}).get("subtask")
         targets.rendered.append(rendered)

@@ -54,9 +54,9 @@ def lora(**settings: object) -> LoraConfig:
 
 def arguments(output: Path, **settings: object) -> dict[str, object]:
     return {
-        "output_dir": str(output), "num_train_epochs": 2, "per_device_train_batch_size": 4, "logging_steps": 1,
-        "learning_rate": 1e-2, "warmup_steps": 1, "save_strategy": "epoch", "report_to": "none",
-        "disable_tqdm": True, "use_cpu": True,
+        "output_dir": str(output), "num_train_epochs": 2, "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2, "warmup_steps": 1, "logging_steps": 1, "save_strategy": "epoch",
+        "report_to": "none", "disable_tqdm": True, "use_cpu": True,
     } | settings  # fmt: skip
 
 
@@ -205,7 +205,7 @@ class TestRefusals:
             (lambda s: s["param_groups"][0].pop("betas"), r"malformed \(KeyError\('betas'\)"),
             (lambda s: s["state"][3].update(step=torch.tensor(2.0)), r"\(2 of .*, 3 of .*\)"),
             (lambda s: s["state"].pop(5), r"no moments of .*layers\.0.*lora_B.* \(1 of 28"),
-            (lambda s: s["state"][0].update(exp_avg=torch.zeros(8, 2)), r"\(8, 2\) and the parameter \(2, 8\)"),
+            (lambda s: s["state"][0].update(exp_avg=torch.zeros(8, 2)), r"\(8, 2\) and the parameter \(2, 8"),
             (lambda s: s["state"][0]["exp_avg_sq"].fill_(-1), "exp_avg_sq of .*lora_A.* is negative"),
             (lambda s: s["state"][0]["exp_avg"].fill_(torch.nan), "exp_avg of .* is not finite"),
             (lambda s: s["param_groups"][0]["params"].pop(), r"groups of \[27\] .* \[28\]"),
@@ -334,7 +334,9 @@ class TestWeights:
 
 class TestFolders:
     def test_absent_or_empty(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="no checkpoint at .*nowhere"):
+        with pytest.raises(SettingError, match="no checkpoint is given"):
+            find_checkpoints([])
+        with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere"):
             find_checkpoints([tmp_path / "nowhere"])
         with pytest.raises(CheckpointError, match="expected checkpoint-<step> folders"):
             find_checkpoints([tmp_path])

@@ -97,6 +97,12 @@ TEMPLATES = {
         "{{ '<|' + message.role + '|>\n' + message.content + '<|end|>\n' }}{% endfor %}"
         "{{ '<|assistant|>\n' if add_generation_prompt else '</s>' }}"
     ),
+    # Command R: two tokens close a turn
+    "cohere": (
+        "{% for message in messages %}"
+        "{{ '<|' + message.role + '|>' + message.content + '<|end|></s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    ),
     # Refuses whatever does not end with a reply
     "answers only": (
         "{% if messages[-1].role != 'assistant' %}{{ raise_exception('no answer') }}{% endif %}" + CHATML

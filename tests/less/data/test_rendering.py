@@ -64,6 +64,7 @@ EXPECTED = {
     "gpt-oss": ["Hello.<|end|>", "42 foxes<|return|>"],
     "mistral": ["Hello.</s>", "42 foxes</s>"],
     "phi-3": ["Hello.<|end|>", "42 foxes<|end|>"],
+    "cohere": ["Hello.<|end|></s>", "42 foxes<|end|></s>"],
     "answers only": ["Hello.<|im_end|>", "42 foxes<|im_end|>"],
     "no generation prompt": ["Hello.</s>", "42 foxes</s>"],
     "open ended": [" Hello.", " 42 foxes"],
@@ -135,14 +136,42 @@ def test_tool_calls_are_part_of_the_turn(tokenizer_with):
 
 
 def test_a_turn_that_cannot_be_located_is_a_problem_of_its_row(tokenizer_with):
-    hides = "{{ messages | map(attribute='content') | join | length }}"
-    with pytest.raises(RowProblem) as caught:
-        spans_of(tokenizer_with(hides), chat("a", "b"))
+    counts = "{{ messages | map(attribute='content') | join | length }}{{ messages[1].content }}"
+    with pytest.raises(RowProblem, match=r"hides where turn 2 \(assistant\) is") as caught:
+        spans_of(tokenizer_with(counts), chat("a", "b", "c", "d"))
     assert caught.value.reason == "span not found"
-    unmarked = "{% generation %}{% endgeneration %}{{ messages[0].content }}"
+    unmarked = "{% generation %}{% endgeneration %}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(RowProblem) as caught:
         spans_of(tokenizer_with(unmarked), chat("a", "b"))
     assert caught.value.reason == "span not found"
+
+
+def test_a_template_that_shows_nothing_of_a_turn_is_not_trusted(tokenizer_with):
+    calls = Conversation(
+        messages=[*chat("a").messages, {"role": "assistant", "tool_calls": [{}], "content": ""}]
+    )
+    with pytest.raises(RowProblem, match=r"renders turn 2 .* as nothing"):
+        spans_of(tokenizer_with("chatml"), calls)
+    with pytest.raises(ModelError, match="leaves out an assistant's text"):
+        Renderer(
+            tokenizer_with("{% for m in messages %}{{ m.content[0].text }}</s>{% endfor %}"), RenderConfig()
+        )
+
+
+def test_in_every_template_that_trl_knows_the_replies_are_supervised_and_nothing_else(tokenizer_with):
+    module = pytest.importorskip("trl.chat_template_utils")
+    named = {name: text for name, text in vars(module).items() if name.endswith("_chat_template")}
+    assert named
+    conversation = chat("Question one", "Reply one", "Question two", "Reply two")
+    for name, template in named.items():
+        if isinstance(template, str):
+            try:
+                text = "".join(spans_of(tokenizer_with(template), conversation))
+            except (ModelError, RowProblem):
+                assert any(family in name for family in ("idefics", "llava", "smolvlm")), name
+            else:
+                assert (text.count("Reply one"), text.count("Reply two")) == (1, 1), name
+                assert "Question" not in text, name
 
 
 def test_generation_marks_decide_over_prefixes(tokenizer_with):
