@@ -37,7 +37,8 @@ def inspect_command(datastore: str, verify: bool, as_json: bool, quiet: bool, de
         view.add_row(name, value)
     console().print(view)
     checkpoints = table("checkpoints", "name", "step", "weight", "adapter sha256")
-    for name, entry in store.settings["checkpoints"].items():
+    for name in store.checkpoints:
+        entry = store.settings["checkpoints"][name]
         checkpoints.add_row(name, str(entry["step"]), f"{entry['weight']:.4f}", entry["adapter_sha256"][:12])
     console().print(checkpoints)
     sources = table("sources", "name", "rows", "sha256", "location")

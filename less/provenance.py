@@ -129,11 +129,11 @@ def check_template(store: Datastore, renderer: Renderer) -> None:
 
 def check_checkpoints(store: Datastore, found: Sequence[Checkpoint]) -> None:
     """Raise `ProvenanceError` unless these are the adapters of the store, in its order."""
-    expected = {name: entry["adapter_sha256"] for name, entry in store.settings["checkpoints"].items()}
-    if [checkpoint.adapter_sha256 for checkpoint in found] != list(expected.values()):
+    expected = [store.settings["checkpoints"][name]["adapter_sha256"] for name in store.checkpoints]
+    if [checkpoint.adapter_sha256 for checkpoint in found] != expected:
         raise ProvenanceError(
             f"{', '.join(str(checkpoint.path) for checkpoint in found)}: not the checkpoints that {store.path} was "
-            f"built with ({', '.join(expected)}): the adapters' weights differ. Give the right --checkpoints"
+            f"built with ({', '.join(store.checkpoints)}): the adapters' weights differ. Give the right --checkpoints"
         )
 
 

@@ -212,11 +212,12 @@ class Scorer:
 
     def _find_checkpoints(self, given: Any) -> list[Checkpoint]:
         """The store's checkpoints, found again, under the store's names and weights."""
-        recorded = self.store.settings["checkpoints"]
-        weights = self.config.checkpoint_weights or [entry["weight"] for entry in recorded.values()]
+        names = self.store.checkpoints
+        recorded = [self.store.settings["checkpoints"][name]["weight"] for name in names]
+        weights = self.config.checkpoint_weights or recorded
         found = find_checkpoints(as_paths(given), weights)
         check_checkpoints(self.store, found)
-        return [replace(checkpoint, name=name) for checkpoint, name in zip(found, recorded, strict=True)]
+        return [replace(checkpoint, name=name) for checkpoint, name in zip(found, names, strict=True)]
 
 
 def _refuse_dead_targets(features_MK: Tensor, ids: Sequence[str], checkpoint: str) -> None:
