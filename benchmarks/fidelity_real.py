@@ -71,9 +71,7 @@ def main() -> None:
                 datastore=args.work / "store", targets=[args.data / f"target_{name}.jsonl" for name in TARGETS],
                 fraction=0.05, scores=scores, output=args.work / "selected" / feature_set, feature_set=feature_set,
             )  # fmt: skip
-        results[feature_set] = {
-            name: what_was_selected(scores / f"target_{name}.jsonl", pool) for name in TARGETS
-        }
+        results[feature_set] = {name: what_was_selected(scores / f"target_{name}.jsonl", pool) for name in TARGETS}
         for name in KNOWN:
             results[feature_set][name] |= provenance_measures(scores / f"target_{name}.jsonl", pool, name)
     report = {

@@ -4,14 +4,15 @@ from typing import Any
 
 import click
 
-from cli.options import CommaList, data_options, model_option, output_options, rendering_options, running_options
+from cli.options import CommaList, model_options, output_options, rendering_options, running_options, strict_option
+from cli.libraries import hush_libraries
 from cli.showing import human_bytes, show_skipped
 
 __all__ = ["build_datastore_command"]
 
 
-@click.command("build-datastore", short_help="Gradient features of every row of a pool, at every checkpoint.")
-@model_option
+@click.command("build-datastore", short_help="Gradient features of every row, at every checkpoint.")
+@model_options
 @click.option(
     "--checkpoints", required=True, multiple=True, metavar="RUN",
     help="A run folder (all its checkpoint-*) or a checkpoint folder; may be repeated.",
@@ -36,14 +37,14 @@ __all__ = ["build_datastore_command"]
     "--checkpoint-weights", type=CommaList(float), metavar="W,W,...",
     help="Weight of each checkpoint.  [default: mean learning rates, from its log]",
 )
-@click.option("--shard-rows", default=1024, show_default=True, metavar="N", help="Rows a file: lost at most by a kill.")
+@click.option("--shard-rows", default=1024, show_default=True, metavar="N", help="Rows a file: the most that a kill loses.")
 @click.option(
     "--feature-dtype", default="auto", show_default=True, type=click.Choice(["auto", "float16", "float32"]),
     help="Of stored rows; auto is float32 for projection none, else float16.",
 )
 @rendering_options
 @running_options
-@data_options
+@strict_option
 @output_options
 def build_datastore_command(quiet: bool, debug: bool, **options: Any) -> None:
     """Compute each row's gradient features at every checkpoint and keep them in a folder.
@@ -51,8 +52,10 @@ def build_datastore_command(quiet: bool, debug: bool, **options: Any) -> None:
     Killed and started again, a build does only what is missing. More --data is appended to a finished store.
 
     \b
-    gradsift build-datastore --model M --checkpoints run --data pool.jsonl --datastore store
+    gradsift build-datastore --model M --checkpoints run \\
+        --data pool.jsonl --datastore store
     """
+    hush_libraries(quiet)
     from less import build_datastore
 
     result = build_datastore(progress=not quiet, **options)

@@ -7,11 +7,11 @@ import click
 
 __all__ = [
     "CommaList",
-    "data_options",
-    "model_option",
+    "model_options",
     "output_options",
     "rendering_options",
     "running_options",
+    "strict_option",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -44,22 +44,23 @@ def _bundle(*options: Callable[[Command], Command]) -> Callable[[Command], Comma
     return decorate
 
 
-model_option = click.option("--model", required=True, metavar="M", help="Base model: a folder or a hub name.")
-
-data_options = _bundle(
-    click.option("--strict", is_flag=True, help="Stop at the first row that cannot be used, instead of skipping it."),
+model_options = _bundle(
+    click.option("--model", required=True, metavar="M", help="Base model: a folder or a hub name."),
+    click.option("--tokenizer", metavar="M", help="Tokenizer, where it is not the model's own."),
     click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run."),
 )
 
+strict_option = click.option("--strict", is_flag=True, help="Stop at the first row that would be skipped.")
+
 rendering_options = _bundle(
-    click.option("--max-length", default=2048, show_default=True, metavar="N", help="Tokens a row; the rest is cut."),
+    click.option("--max-length", default=2048, show_default=True, metavar="N", help="Tokens a row; its end is cut."),
     click.option(
         "--system-prompt", default="keep", show_default=True, metavar="keep|none|TEXT",
-        help="Keep each row's system prompt, drop it, or put TEXT in its place.",
+        help="Each row's system prompt: kept, dropped, or TEXT instead.",
     ),
     click.option(
         "--chat-template", metavar="FILE|tulu|chatml",
-        help="Chat template, where the tokenizer has none or another is wanted.",
+        help="Chat template, in place of the tokenizer's own.",
     ),
 )  # fmt: skip
 
@@ -67,11 +68,11 @@ running_options = _bundle(
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),
     click.option(
         "--dtype", default="auto", show_default=True, type=click.Choice(["auto", "float32", "bfloat16"]),
-        help="Of the base weights; auto is bfloat16 on CUDA, float32 on the CPU. Adapters are float32.",
+        help="Of the base weights; auto is bfloat16 on CUDA, else float32.",
     ),
     click.option(
         "--tokens-per-batch", type=click.IntRange(min=1), metavar="N",
-        help="Padded tokens computed at once.  [default: by device]",
+        help="Padded tokens computed at once; raise it as memory allows.  [default: by device]",
     ),
 )  # fmt: skip
 

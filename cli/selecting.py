@@ -4,15 +4,16 @@ from typing import Any
 
 import click
 
+from cli.libraries import hush_libraries
 from cli.options import CommaList, output_options
-from cli.showing import console, show_skipped, table
+from cli.showing import show_skipped, show_table, table
 
 __all__ = ["select_command"]
 
 _NUM_SHOWN = 5
 
 
-@click.command("select", short_help="The rows of a store that are most influential for the targets.")
+@click.command("select", short_help="The rows that are most influential for the targets.")
 @click.option("--datastore", required=True, metavar="DS", help="A finished store.")
 @click.option(
     "--targets", required=True, multiple=True, metavar="T",
@@ -24,7 +25,7 @@ _NUM_SHOWN = 5
 @click.option("--scores", metavar="SCORES", help="Also write every candidate's scores: a .jsonl file, or a folder.")
 @click.option(
     "--combine", type=click.Choice(["max", "round-robin"]),
-    help="One selection for all target sets: by the best of them, or by turns.",
+    help="One selection for all target sets: by the best of them, or by turns.  [default: one each]",
 )
 @click.option("--feature-set", metavar="NAME", help="Which feature set, where the store has several.")
 @click.option(
@@ -44,15 +45,17 @@ _NUM_SHOWN = 5
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
 @click.option("--tokens-per-batch", type=click.IntRange(min=1), metavar="N", help="Padded tokens computed at once.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Check the shards' checksums.")
-@click.option("--strict", is_flag=True, help="Stop at the first target that cannot be used, instead of skipping it.")
+@click.option("--strict", is_flag=True, help="Stop at the first target that would be skipped.")
 @click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run.")
 @output_options
 def select_command(quiet: bool, debug: bool, **options: Any) -> None:
     """Rank a store's rows by their influence on the targets and write the best, with every original column.
 
     \b
-    gradsift select --datastore store --targets target.jsonl --fraction 0.05 --output selected.jsonl
+    gradsift select --datastore store --targets target.jsonl \\
+        --fraction 0.05 --output selected.jsonl
     """
+    hush_libraries(quiet)
     from less import select
 
     for name in ("targets", "checkpoints", "data"):
@@ -65,7 +68,11 @@ def select_command(quiet: bool, debug: bool, **options: Any) -> None:
         view = table(f"{selection.name}: {len(selection.ids)} rows", "rank", "score", "subtask", "id")
         rows = zip(selection.scores, selection.subtasks, selection.ids, strict=True)
         for rank, (score, subtask, name) in enumerate(rows, start=1):
+            if rank == len(selection.ids) > _NUM_SHOWN + 1:
+                view.add_row("…", "…", "…", "…")
             if rank <= _NUM_SHOWN or rank == len(selection.ids):
                 view.add_row(str(rank), f"{score:.4f}", subtask, name)
-        console().print(view)
-        click.echo(f"written: {selection.output}")
+        show_table(view)
+        click.echo(f"written: {selection.output}\n")
+    if options["scores"]:
+        click.echo(f"every candidate's scores: {options['scores']}")

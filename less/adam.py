@@ -63,9 +63,7 @@ class UpdateRule:
 
     def __post_init__(self) -> None:
         if self.name not in UPDATE_RULES:
-            raise SettingError(
-                f"unknown update rule: got {self.name!r}, expected one of {', '.join(UPDATE_RULES)}"
-            )
+            raise SettingError(f"unknown update rule: got {self.name!r}, expected one of {', '.join(UPDATE_RULES)}")
         if self.name not in ("adam", "adam-no-momentum"):
             return
         for field, fits, expected in (

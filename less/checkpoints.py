@@ -182,9 +182,7 @@ class _TrainingLog:
         try:
             return cls(folder, int(state["global_step"]), list(state["log_history"]))
         except (KeyError, TypeError, ValueError) as err:
-            raise CheckpointError(
-                f"{file} is not a Trainer's state: {err!r}; copy the checkpoint again"
-            ) from err
+            raise CheckpointError(f"{file} is not a Trainer's state: {err!r}; copy the checkpoint again") from err
 
     def follows(self, other: "_TrainingLog") -> bool:
         """Whether `other` is an earlier checkpoint of the same run: this log then begins with the other's."""
@@ -208,9 +206,7 @@ class _TrainingLog:
 def _checkpoint_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}; expected a run folder or a checkpoint folder")
-    steps = {
-        p: int(p.name[11:]) for p in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)
-    }
+    steps = {p: int(p.name[11:]) for p in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)}
     if not steps and not (path / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
             f"{path} is not a LoRA checkpoint; expected checkpoint-<step> folders in it, or {ADAPTER_CONFIG}"
@@ -224,9 +220,7 @@ def _refuse_mixed_adapters(folders: list[Path]) -> None:
     for folder in folders:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             if not (folder / name).is_file():
-                raise CheckpointError(
-                    f"{folder} has no {name}; expected a complete checkpoint of a LoRA model"
-                )
+                raise CheckpointError(f"{folder} has no {name}; expected a complete checkpoint of a LoRA model")
         config = _read_json(folder / ADAPTER_CONFIG)
         first = first or config
         for field in _ADAPTER_FIELDS:
@@ -241,9 +235,7 @@ def _refuse_mixed_adapters(folders: list[Path]) -> None:
 def _normalised(weights: Sequence[float], folders: list[Path]) -> list[float]:
     if len(weights) != len(folders):
         names = ", ".join(folder.name for folder in folders)
-        raise SettingError(
-            f"--checkpoint-weights has {len(weights)} values, expected one for each checkpoint: {names}"
-        )
+        raise SettingError(f"--checkpoint-weights has {len(weights)} values, expected one for each checkpoint: {names}")
     if any(not isfinite(w) or w < 0 for w in weights) or not any(weights):
         raise SettingError(
             f"checkpoint weights must be finite, not negative and not all zero, got {list(weights)}; set "
@@ -332,9 +324,7 @@ def _adam_state(
 ) -> AdamState:
     settings = sorted({(*map(float, group["betas"]), float(group["eps"])) for group in groups})
     if len(settings) > 1:
-        raise OptimizerStateError(
-            f"parameter groups disagree on (beta1, beta2, eps): {settings}; expected one"
-        )
+        raise OptimizerStateError(f"parameter groups disagree on (beta1, beta2, eps): {settings}; expected one")
     name_of = _parameter_names(groups, model)
     by_name = {name_of[key]: state for key, state in states.items()}
     if extra := by_name.keys() - set(layout.names):
@@ -347,9 +337,7 @@ def _adam_state(
     steps = {int(by_name[name]["step"]): name for name in layout.names}
     if len(steps) > 1:
         counts = ", ".join(f"{step} of {name}" for step, name in sorted(steps.items())[:2])
-        raise OptimizerStateError(
-            f"parameters took different numbers of steps ({counts}); expected one number"
-        )
+        raise OptimizerStateError(f"parameters took different numbers of steps ({counts}); expected one number")
     m, v = (
         {
             name: _checked_moment(by_name[name][key], f"{key} of {name}", shape)

@@ -110,9 +110,7 @@ def gradients_ref(model: PeftModel, batch: Batch) -> tuple[Tensor, dict[str, Ten
             loss = F.cross_entropy(logits_TV[:-1], labels_T)
             losses.append(loss.detach())
             grads.append(torch.autograd.grad(loss, list(parameters.values())))
-    blocks = {
-        name: torch.stack([row[i].reshape(-1) for row in grads]) for i, name in enumerate(parameters)
-    }
+    blocks = {name: torch.stack([row[i].reshape(-1) for row in grads]) for i, name in enumerate(parameters)}
     return torch.stack(losses), blocks
 
 
@@ -124,7 +122,7 @@ class _StreamingLora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, base_BTO: Tensor, x_BTI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float,
         sink_a: Callable[[Tensor], None], sink_b: Callable[[Tensor], None],
     ) -> Tensor:  # fmt: skip

@@ -105,7 +105,9 @@ def subtask_queries(
     index_M = torch.as_tensor(subtask_M, device=features_MK.device)
     sums_JK = features_MK.new_zeros(num_subtasks, features_MK.shape[1]).index_add(0, index_M, features_MK)
     queries_JK = sums_JK / torch.bincount(index_M, minlength=num_subtasks)[:, None]
-    return torch.nn.functional.normalize(queries_JK, dim=1) if aggregate == "cosine-of-mean" else queries_JK
+    if aggregate == "cosine-of-mean":  # a mean of zero has no direction, and scores zero
+        return torch.nn.functional.normalize(queries_JK, dim=1, eps=torch.finfo(torch.float32).tiny)
+    return queries_JK
 
 
 def influence_scores(
@@ -157,7 +159,10 @@ def influence_scores(
 
 
 def influence_scores_ref(
-    features: Sequence[NDArray], targets: Sequence[NDArray], weights: Sequence[float], subtask_M: Sequence[int]
+    features: Sequence[NDArray],
+    targets: Sequence[NDArray],
+    weights: Sequence[float],
+    subtask_M: Sequence[int],
 ) -> NDArray[np.float64]:
     """The definition, a cosine at a time, in float64.
 
@@ -178,4 +183,3 @@ def influence_scores_ref(
                     cosine = phi @ psi / np.sqrt((phi @ phi) * (psi @ psi))
                     scores_NJ[n, j] += weight * cosine / len(members)
     return scores_NJ
-

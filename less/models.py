@@ -198,17 +198,13 @@ def load_base_model(
         return model.eval()
     where = resolve_device(device)
     if not isinstance(model, str | Path):
-        raise ModelError(
-            f"model must be a name, a folder or a transformers model, got {type(model).__name__}"
-        )
+        raise ModelError(f"model must be a name, a folder or a transformers model, got {type(model).__name__}")
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             str(model), dtype=resolve_dtype(dtype, where), trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as err:
-        raise ModelError(
-            f"no causal language model can be loaded from {str(model)!r}: {_first_line(err)}"
-        ) from err
+        raise ModelError(f"no causal language model can be loaded from {str(model)!r}: {_first_line(err)}") from err
     return loaded.to(where).eval()
 
 
@@ -291,9 +287,7 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
     """
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
-        raise CheckpointError(
-            f"{folder}: no {ADAPTER_WEIGHTS}; expected a folder as the Trainer or PEFT saves it"
-        )
+        raise CheckpointError(f"{folder}: no {ADAPTER_WEIGHTS}; expected a folder as the Trainer or PEFT saves it")
     try:
         saved = load_file(file)
     except SafetensorError as err:
@@ -303,9 +297,7 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
         if name not in saved:
             raise CheckpointError(f"{file} lacks {name}, which its {ADAPTER_CONFIG} asks for on this model")
         if name not in parameters:
-            raise CheckpointError(
-                f"{file} holds {name}, which this model has not; is it the right base model?"
-            )
+            raise CheckpointError(f"{file} holds {name}, which this model has not; is it the right base model?")
         if saved[name].shape != parameters[name].shape:
             raise CheckpointError(
                 f"{name} has shape {tuple(saved[name].shape)} in {file} and {tuple(parameters[name].shape)} "
@@ -342,6 +334,7 @@ def _load_adapter_config(folder: Path) -> LoraConfig:
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
     config.init_lora_weights = False  # the weights come from the file
+    config.base_model_name_or_path = None  # the base is known by its fingerprint, not by where it lay in training
     config.lora_dropout = 0.0
     return config
 
@@ -390,13 +383,9 @@ def _refuse_unsupported_layers(model: PeftModel) -> None:
                 "only linear layers are. Leave it out of target_modules"
             )
         if layer is head:
-            raise UnsupportedError(
-                f"{name}: LoRA on the LM head is not supported; leave it out of target_modules"
-            )
+            raise UnsupportedError(f"{name}: LoRA on the LM head is not supported; leave it out of target_modules")
         if layer.lora_variant:
-            raise UnsupportedError(
-                f"{name}: LoRA variant {layer.lora_variant} is not supported; train plain LoRA"
-            )
+            raise UnsupportedError(f"{name}: LoRA variant {layer.lora_variant} is not supported; train plain LoRA")
 
 
 def _first_line(err: BaseException) -> str:

@@ -1,35 +1,30 @@
 """From a pool and its checkpoints to a sealed datastore.
 
-For each checkpoint, for each range of `shard_rows` source rows: render, batch by length, compute features
-(`less.features`), write one shard for each feature set. Batches are a function of the shard alone, so a build
-that was killed and started again gives the same features to the byte. What a shard looks like on disk is
-`datastore`'s business.
+For each checkpoint, for each range of `shard_rows` source rows: compute one shard for each feature set
+(`less.row_ranges`) and write it. What the store has already is not computed again, so a build that was killed
+goes on where it was, and a store grows by the rows that are new. What a shard looks like on disk is
+`datastore`'s business, how features are computed `less.features`'.
 """
 
-import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datastore import Datastore, DatastoreWriter, Shard, ShardKey, SkippedRow, SourceEntry, check_free_space
-from datastore.errors import DataError, RowError, SettingError, StoreError
+from datastore import Datastore, DatastoreWriter, ShardKey, SkippedRow, SourceEntry, check_free_space
+from datastore.errors import DataError, SettingError, StoreError
 from less.adam import NEEDS_MOMENTS, UPDATE_RULES
 from less.checkpoints import AdamState, Checkpoint, find_checkpoints, load_adam_state
-from less.data.batching import collate, plan_batches
-from less.data.records import Record, RowProblem, Source, open_source
-from less.data.rendering import RenderConfig, Rendered, Renderer
-from less.features import FeatureSet, FeatureSetConfig, gradient_features, shared_direction
+from less.data.records import Source, open_source
+from less.data.rendering import RenderConfig, Renderer
+from less.features import FeatureSet, FeatureSetConfig, shared_direction
 from less.models import (
     ParamLayout,
     adapted_model,
@@ -41,6 +36,7 @@ from less.models import (
 from less.progress import Progress
 from less.projection import ProjectionConfig, make_projector
 from less.provenance import location_of, record_environment, record_settings
+from less.row_ranges import compute_shards
 
 if TYPE_CHECKING:
     import datasets
@@ -181,9 +177,7 @@ def build_datastore(
     config = BuildConfig(**settings)
     sources = open_sources(data)
     found = find_checkpoints(as_paths(checkpoints), config.checkpoint_weights)
-    base = load_base_model(
-        model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
-    )
+    base = load_base_model(model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
     words = load_tokenizer(
         location_of(model) if tokenizer is None else tokenizer, trust_remote_code=config.trust_remote_code
     )
@@ -266,7 +260,7 @@ class _Builder:
         row_bytes = {fs.name: widths[fs.name] * np.dtype(self._dtype(fs)).itemsize for fs in self.projectors}
         check_free_space(writer.path, sum((k.stop - k.start) * row_bytes[k.feature_set] for k in missing))
         tasks = [_Task(list(keys)) for _, keys in groupby(missing, key=_Task.place)]
-        num_rows = sum(task.num_rows for task in tasks)
+        num_rows = sum(len(task.rows) for task in tasks)
         directions = writer.missing_directions()
         with Progress(total=num_rows, description="gradients", enabled=self.progress) as bar:
             for name, checkpoint in self.checkpoints.items():
@@ -279,8 +273,19 @@ class _Builder:
                         direction_K = shared_direction(fs, self.layout, self.device)
                         writer.write_direction(fs.name, name, direction_K.cpu().numpy())
                 for task in own:
-                    for key, shard in self._compute(task, sources[task.source], feature_sets, bar):
-                        writer.write_shard(key, shard)
+                    shards = compute_shards(
+                        sources[task.source],
+                        task.rows,
+                        renderer=self.renderer,
+                        model=self.model,
+                        feature_sets=[fs for fs in feature_sets if fs.name in task.keys],
+                        dtypes={fs.name: self._dtype(fs) for fs in self.projectors},
+                        tokens_per_batch=self.tokens_per_batch,
+                        strict=self.config.strict,
+                        bar=bar,
+                    )
+                    for feature_set, shard in shards.items():
+                        writer.write_shard(task.keys[feature_set], shard)
         return num_rows
 
     def _prepare(self, checkpoint: Checkpoint) -> list[FeatureSet]:
@@ -302,139 +307,19 @@ class _Builder:
             return self.config.feature_dtype
         return "float32" if feature_set.projection.kind == "none" else "float16"
 
-    def _compute(
-        self, task: "_Task", source: Source, feature_sets: Sequence[FeatureSet], bar: Progress
-    ) -> Iterator[tuple[ShardKey, Shard]]:
-        """One backward pass over a range of rows; yields the shard of each feature set that lacks it."""
-        records, rendered, skipped = self._render(source, task)
-        bar.advance(len(skipped))
-        dtypes = {fs.name: self._dtype(fs) for fs in self.projectors}
-        wanted = [fs for fs in feature_sets if fs.name in task.keys]
-        results = {fs.name: _Results.empty(len(records), fs.projector.dim, dtypes[fs.name]) for fs in wanted}
-        num_retries = 0
-        queue = plan_batches([row.num_tokens for row in rendered], self.tokens_per_batch)[::-1]
-        while queue:
-            rows = queue.pop()
-            batch = collate(rendered, rows)
-            try:
-                features = gradient_features(self.model, batch.to(self.device), wanted)
-            except torch.OutOfMemoryError:
-                if len(rows) == 1:
-                    raise
-                torch.cuda.empty_cache()
-                num_retries += 1
-                queue += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
-                continue
-            for fs in wanted:
-                results[fs.name].put(
-                    rows,
-                    features.features_BK[fs.name],
-                    features.losses_B,
-                    features.grad_norms_B,
-                    features.update_norms_B[fs.name],
-                )
-            bar.advance(len(rows), batch.num_tokens)
-        for name, result in results.items():
-            problems = result.problems()
-            bad = [self._skip(records[n], problem) for n, problem in problems.items()]
-            kept = [n for n in range(len(records)) if n not in problems]
-            yield task.keys[name], Shard(
-                features_NK=result.units_NK[kept],
-                norms_N=result.norms_N[kept],
-                grad_norms_N=result.grad_norms_N[kept],
-                update_norms_N=result.update_norms_N[kept],
-                losses_N=result.losses_N[kept],
-                num_tokens_N=np.array([rendered[n].num_tokens for n in kept], np.int32),
-                num_supervised_N=np.array([rendered[n].num_supervised for n in kept], np.int32),
-                truncated_N=np.array([rendered[n].truncated for n in kept], bool),
-                rows_N=np.array([records[n].number for n in kept], np.int64),
-                digests_N=np.array([_digest(rendered[n]) for n in kept], np.uint64),
-                ids=[records[n].id for n in kept],
-                skipped=sorted(skipped + bad, key=lambda row: row.row),
-                notes={"oom_retries": num_retries} if num_retries else {},
-            )
-
-    def _render(
-        self, source: Source, task: "_Task"
-    ) -> tuple[list[Record], list[Rendered], list[SkippedRow]]:
-        records, rendered, skipped = [], [], []
-        for record in source.iter_records(task.start, task.stop):
-            try:
-                rendered.append(self.renderer.render_record(record))
-                records.append(record)
-            except RowProblem as problem:
-                skipped.append(self._skip(record, problem))
-        return records, rendered, skipped
-
-    def _skip(self, record: Record, problem: RowProblem) -> SkippedRow:
-        if self.config.strict:
-            raise RowError(f"{record.where}: {problem}; mend the row, or leave out strict to skip such rows")
-        return SkippedRow(
-            row=record.number, where=record.where, id=record.id, reason=problem.reason, detail=problem.detail
-        )
-
 
 class _Task:
     """One range of source rows at one checkpoint, and the shards that it still lacks."""
 
     def __init__(self, keys: Sequence[ShardKey]) -> None:
-        self.checkpoint, self.source, self.start, self.stop = self.place(keys[0])
+        self.checkpoint, self.source, start, stop = self.place(keys[0])
+        self.rows = range(start, stop)
         self.keys = {key.feature_set: key for key in keys}
 
     @staticmethod
     def place(key: ShardKey) -> tuple[str, int, int, int]:
         """What the shards of one task have in common."""
         return key.checkpoint, key.source, key.start, key.stop
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the range."""
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class _Results:
-    """What the rows of one shard gave so far, at their places in the shard whatever the batches."""
-
-    units_NK: NDArray[np.floating]
-    norms_N: NDArray[np.float32]
-    losses_N: NDArray[np.float32]
-    grad_norms_N: NDArray[np.float32]
-    update_norms_N: NDArray[np.float32]
-
-    @classmethod
-    def empty(cls, num_rows: int, dim: int, dtype: str) -> "_Results":
-        """Room for `num_rows` rows."""
-        return cls(np.empty((num_rows, dim), dtype), *np.empty((4, num_rows), np.float32))
-
-    def put(
-        self,
-        rows: Sequence[int],
-        features_BK: Tensor,
-        losses_B: Tensor,
-        grad_norms_B: Tensor,
-        update_norms_B: Tensor,
-    ) -> None:
-        """Take in one batch."""
-        norms_B = torch.linalg.vector_norm(features_BK, dim=1)
-        self.units_NK[rows] = (features_BK / norms_B[:, None]).cpu().numpy()
-        for ours_N, theirs_B in (
-            (self.norms_N, norms_B),
-            (self.losses_N, losses_B),
-            (self.grad_norms_N, grad_norms_B),
-            (self.update_norms_N, update_norms_B),
-        ):
-            ours_N[rows] = theirs_B.cpu().numpy()
-
-    def problems(self) -> dict[int, RowProblem]:
-        """The rows without a direction: their loss or gradient is not finite, or their feature is zero."""
-        found = {}
-        numbers = np.stack([self.losses_N, self.grad_norms_N, self.update_norms_N, self.norms_N])
-        for n in np.flatnonzero(~np.isfinite(numbers).all(axis=0) | (self.norms_N == 0)).tolist():
-            loss, grad, update, norm = numbers[:, n].tolist()
-            reason = "zero norm" if norm == 0 else "not finite"
-            found[n] = RowProblem(reason, f"loss {loss:g}, ‖g‖ {grad:g}, ‖Γ‖ {update:g}, ‖φ‖ {norm:g}")
-        return found
 
 
 def open_sources(data: Any) -> list[Source]:
@@ -467,9 +352,3 @@ def _entry(source: Source) -> SourceEntry:
         sha256=source.sha256,
         num_rows=source.num_rows,
     )
-
-
-def _digest(rendered: Rendered) -> int:
-    """64 bits over a row's tokens and which of them are supervised: equal for exact duplicates."""
-    packed = np.array(rendered.input_ids, np.int64).tobytes() + np.array(rendered.supervised, bool).tobytes()
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")

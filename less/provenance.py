@@ -101,9 +101,14 @@ def record_environment(
 
 
 def location_of(thing: str | Path | PreTrainedModel | PreTrainedTokenizerBase) -> str:
-    """Where to load a model, tokenizer or template again: an absolute path, or the hub's name for it."""
+    """Where to load a model, tokenizer or template again: an absolute path, or the hub's name for it.
+
+    Empty for an object that was never loaded from anywhere.
+    """
     if isinstance(thing, PreTrainedModel | PreTrainedTokenizerBase):
-        thing = str(thing.name_or_path)
+        thing = str(thing.name_or_path or "")
+    if not str(thing):
+        return ""
     return str(Path(thing).resolve()) if Path(thing).exists() else str(thing)
 
 
@@ -112,8 +117,8 @@ def check_model(store: Datastore, model: PreTrainedModel) -> None:
     found, expected = model_fingerprint(model), store.settings["model"]["fingerprint"]
     if found != expected:
         raise ProvenanceError(
-            f"{location_of(model)} is not the model that {store.path} was built with: fingerprint {found[:12]}, "
-            f"expected {expected[:12]}. Give the right one with --model"
+            f"{location_of(model) or 'what was given'} is not the model that {store.path} was built with: "
+            f"fingerprint {found[:12]}, expected {expected[:12]}. Give the right one with --model"
         )
 
 
@@ -145,9 +150,7 @@ def recorded_projector(store: Datastore, feature_set: str, layout: ParamLayout) 
             f"them, expected {store.settings['model']['num_params']:,}. Give the right --checkpoints"
         )
     recorded = store.settings["feature_sets"][feature_set]["projection"]
-    config = ProjectionConfig(
-        kind=recorded["kind"], proj_dim=recorded["proj_dim"], seed=recorded["seed"] or 0
-    )
+    config = ProjectionConfig(kind=recorded["kind"], proj_dim=recorded["proj_dim"], seed=recorded["seed"] or 0)
     projector = make_projector(config, layout)
     if projector.provenance() != recorded:
         raise ProvenanceError(

@@ -6,7 +6,7 @@ The pool's text is read once, for the selected rows, when they are written. Scor
 business, the strategies are `less.selection`'s.
 """
 
-import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore, SourceEntry
 from datastore.errors import DataError, SettingError
 from less.data.records import Record, Source, open_source
+from less.data.sources import JSON_LINES, json_of
 from less.data.targets import SkippedRow
 from less.data.writing import write_lines, write_selected
 from less.influence import InfluenceScores
@@ -71,11 +73,22 @@ class Selection:
 
     @cached_property
     def dataset(self) -> "datasets.Dataset":
-        """The selected rows, with these columns."""
+        """The selected rows, with these columns; None where a row lacks a column of another.
+
+        Raises:
+            DataError: a column has values of several types.
+        """
         import datasets
 
-        rows = zip(self.records, self.columns, strict=True)
-        return datasets.Dataset.from_list([{**(record.columns or {}), **added} for record, added in rows])
+        rows = [
+            {**(record.columns or {}), **added}
+            for record, added in zip(self.records, self.columns, strict=True)
+        ]
+        names = dict.fromkeys(name for row in rows for name in row)
+        try:  # `from_list` would take the columns of the first row for those of all
+            return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+        except (pa.ArrowException, OverflowError) as err:
+            raise DataError(f"the selected rows do not fit into one table: {err}; use their records") from err
 
 
 def select(
@@ -126,8 +139,10 @@ def select(
     target_sets = scorer.load_targets(targets)
     groups = [[t] for t in target_sets] if combine is None else [target_sets]
     names = ["+".join(t.name for t in group) for group in groups]
-    output_files, score_files = _files(output, names), _files(scores, names)
+    output_files = _files(output, names, (*JSON_LINES, ".parquet"))
+    score_files = _files(scores, names, JSON_LINES)
     pool = _Pool(store, data)
+    _check_writable([*output_files, *score_files], pool.sources)
     influence = scorer.score(target_sets)
     selections = []
     for group, name, output_file, score_file in zip(groups, names, output_files, score_files, strict=True):
@@ -156,6 +171,12 @@ class _Pool:
 
     def __init__(self, store: Datastore, data: Any) -> None:
         given = {} if data is None else {source.sha256: source for source in open_sources(data)}
+        if strange := given.keys() - {entry.sha256 for entry in store.sources}:
+            source = given[min(strange)]
+            raise DataError(
+                f"{source.location or source.name} is no source of {store.path}: sha256 {source.sha256[:12]}, expected "
+                f"one of {', '.join(f'{entry.sha256[:12]} ({entry.name})' for entry in store.sources)}"
+            )
         self.rows = store.rows(verify=False)
         self.sources = [_reopen(entry, given) for entry in store.sources]
 
@@ -180,6 +201,8 @@ def _reopen(entry: SourceEntry, given: Mapping[str, Source]) -> Source:
         return given[entry.sha256]
     if entry.location is None:
         raise DataError(f"{entry.name} was given in memory when the store was built; give it again as data")
+    if os.path.isabs(entry.location) and not os.path.exists(entry.location):
+        raise DataError(f"{entry.location} is no longer there; give the pool's {entry.name} again with --data")
     source = open_source(entry.location)
     if source.sha256 != entry.sha256:
         raise DataError(
@@ -189,9 +212,7 @@ def _reopen(entry: SourceEntry, given: Mapping[str, Source]) -> Source:
     return source
 
 
-def _choose(
-    influence: InfluenceScores, count: int, *, by_turns: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _choose(influence: InfluenceScores, count: int, *, by_turns: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions of the selected rows, and the column that gives each its score."""
     if not by_turns:
         positions = select_top(influence.score_N, count)
@@ -201,8 +222,7 @@ def _choose(
     best_NS = np.stack([influence.scores_NJ[:, columns].max(axis=1) for columns in columns_S], axis=1)
     positions, picked_by = select_round_robin(best_NS, count)
     subtask_of = [
-        columns_S[s][influence.scores_NJ[n, columns_S[s]].argmax()]
-        for n, s in zip(positions, picked_by, strict=True)
+        columns_S[s][influence.scores_NJ[n, columns_S[s]].argmax()] for n, s in zip(positions, picked_by, strict=True)
     ]
     return positions, np.array(subtask_of, np.int64)
 
@@ -214,37 +234,60 @@ def _score_lines(store: Datastore, influence: InfluenceScores) -> Iterator[str]:
     for span in store.manifest.ranges:
         skipped = {row.row: row for row in span.skipped}
         for row in range(span.start, span.stop):
+            line: dict[str, Any]
             if row in skipped:
-                scored = {"id": skipped[row].id, "score": None, "subtask": None, "rank": None, "scores": {}}
-                key = {"source": span.source, "row": row, "skipped": skipped[row].reason}
+                line = {"id": skipped[row].id, "score": None, "subtask": None, "rank": None, "scores": {}}
+                line["skipped"] = skipped[row].reason
             else:
-                scores = dict(zip(influence.subtasks, influence.scores_NJ[position].tolist(), strict=True))
-                scored = {
+                line = {
                     "id": rows.ids[position],
                     "score": float(influence.score_N[position]),
                     "subtask": influence.subtask_N[position],
                     "rank": int(rank_N[position]),
-                    "scores": scores,
+                    "scores": dict(zip(influence.subtasks, influence.scores_NJ[position].tolist(), strict=True)),
                 }
-                key = {"source": span.source, "row": row}
                 position += 1
-            yield json.dumps(scored | key, ensure_ascii=False)
+            yield json_of(line | {"source": span.source, "row": row})
 
 
-def _files(path: str | Path | None, names: Sequence[str]) -> list[Path | None]:
+def _files(path: str | Path | None, names: Sequence[str], suffixes: Sequence[str]) -> list[Path | None]:
     """The file of each selection: `path` itself, or one by name inside it where it names a folder.
 
     Raises:
-        SettingError: a single file was named for several selections.
+        SettingError: a single file was named for several selections, its format is not among those of
+            `suffixes`, or a selection's name cannot name a file.
     """
     if path is None:
         return [None] * len(names)
     path = Path(path)
-    if path.is_dir() or path.suffix not in (".jsonl", ".json", ".parquet"):
+    if path.is_dir() or path.suffix not in (*JSON_LINES, ".parquet"):
+        for name in names:
+            if f"{name}.jsonl" != Path(f"{name}.jsonl").name:
+                raise SettingError(f"the target set {name!r} cannot name a file in {path}; give it another name")
         return [path / f"{name}.jsonl" for name in names]
+    if path.suffix not in suffixes:
+        raise SettingError(f"scores are written as JSON Lines; {path} must end in {', '.join(suffixes)}")
     if len(names) > 1:
         raise SettingError(
             f"{path} is one file, and {len(names)} target sets give a selection each; name a folder, or make one "
             f"selection with --combine {' or '.join(COMBINATIONS)}"
         )
     return [path]
+
+
+def _check_writable(files: Sequence[Path | None], sources: Sequence[Source]) -> None:
+    """Raise `SettingError` for a file that cannot be written, is asked for twice, or is the pool itself."""
+    pool = {source.location: source.name for source in sources if source.location is not None}
+    wanted: set[Path] = set()
+    for file in files:
+        if file is None:
+            continue
+        path = file.absolute().resolve()
+        if path in wanted:
+            raise SettingError(f"{file} is asked for both the selection and the scores; name another for one of them")
+        wanted.add(path)
+        if found := pool.keys() & {str(path), *map(str, path.parents)}:
+            raise SettingError(f"{file} would write over the pool's {pool[min(found)]}; name another file")
+        above = next(folder for folder in path.parents if folder.exists())
+        if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+            raise SettingError(f"{file} cannot be written; name a file in a folder that can be")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore
-from datastore.errors import DataError, SettingError
+from datastore.errors import DataError, ProvenanceError, SettingError
 from less.checkpoints import Checkpoint, find_checkpoints
 from less.data.batching import collate, plan_batches
 from less.data.rendering import RenderConfig, Renderer
@@ -100,11 +100,21 @@ class Scorer:
     """A store, the model that it was built with, and the settings of one scoring."""
 
     def __init__(
-        self, store: Datastore, config: ScoreConfig, model: Any, tokenizer: Any, checkpoints: Any, progress: bool
+        self,
+        store: Datastore,
+        config: ScoreConfig,
+        model: Any,
+        tokenizer: Any,
+        checkpoints: Any,
+        progress: bool,
     ) -> None:
         self.store, self.config, self.progress = store, config, progress
         self.feature_set = self._choose_feature_set()
         where = store.environment
+        if store.num_rows == 0:
+            raise DataError(f"{store.path} has no row to score: all {len(store.skipped)} of its pool were skipped")
+        if model is None and not where["model"]:
+            raise SettingError(f"{store.path} was built with a model that has no name; give it again with --model")
         self.checkpoints = self._find_checkpoints(checkpoints or where["checkpoints"])
         self.model = load_base_model(
             where["model"] if model is None else model,
@@ -114,7 +124,10 @@ class Scorer:
         )
         check_model(store, self.model)
         if tokenizer is None:
-            tokenizer = where["tokenizer"] if model is None else location_of(model)
+            own = model is not None and where["tokenizer"] == where["model"]  # the model's own, then and now
+            tokenizer = location_of(model) if own else where["tokenizer"]
+            if not tokenizer:
+                raise SettingError("the tokenizer has no name to load it by; give it with --tokenizer")
         self.renderer = Renderer(
             load_tokenizer(tokenizer, trust_remote_code=config.trust_remote_code),
             RenderConfig(**where["rendering"] | _given(system_prompt=config.system_prompt)),
@@ -126,19 +139,15 @@ class Scorer:
         """The target sets, each with a name of its own."""
         if isinstance(targets, Mapping):
             named = list(targets.items())
-        elif isinstance(targets, list | tuple) and not (targets and all(isinstance(t, dict) for t in targets)):
+        elif isinstance(targets, list | tuple) and not any(isinstance(t, dict) for t in targets):
             named = [(None, part) for part in targets]
         else:
             named = [(None, targets)]
-        sets = [
-            load_targets(part, self.renderer, name=name, strict=self.config.strict) for name, part in named
-        ]
+        sets = [load_targets(part, self.renderer, name=name, strict=self.config.strict) for name, part in named]
         if not sets:
             raise DataError("no target was given; expected a file or a list of examples")
         if len({t.name for t in sets}) < len(sets):
-            raise SettingError(
-                f"two target sets have one name among {', '.join(t.name for t in sets)}; rename a file"
-            )
+            raise SettingError(f"two target sets have one name among {', '.join(t.name for t in sets)}; rename a file")
         return sets
 
     def score(self, target_sets: Sequence[TargetSet]) -> InfluenceScores:
@@ -214,8 +223,21 @@ class Scorer:
         """The store's checkpoints, found again, under the store's names and weights."""
         names = self.store.checkpoints
         recorded = [self.store.settings["checkpoints"][name]["weight"] for name in names]
-        weights = self.config.checkpoint_weights or recorded
-        found = find_checkpoints(as_paths(given), weights)
+        weights = self.config.checkpoint_weights
+        if weights is not None and len(weights) != len(names):
+            raise SettingError(
+                f"--checkpoint-weights has {len(weights)} values, expected one for each checkpoint of "
+                f"{self.store.path}: {', '.join(names)}"
+            )
+        try:
+            found = find_checkpoints(as_paths(given), recorded if weights is None else weights)
+        except SettingError as err:
+            if weights is not None:
+                raise
+            raise ProvenanceError(
+                f"{given}: not the {len(names)} checkpoints that {self.store.path} was built with "
+                f"({', '.join(names)}). Give the right --checkpoints"
+            ) from err
         check_checkpoints(self.store, found)
         return [replace(checkpoint, name=name) for checkpoint, name in zip(found, names, strict=True)]
 

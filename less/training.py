@@ -182,9 +182,7 @@ def warmup(
     config = WarmupConfig(**settings)
     run = Path(output)
     source = open_source(data)
-    base = load_base_model(
-        model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
-    )
+    base = load_base_model(model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
     words = load_tokenizer(
         location_of(model) if tokenizer is None else tokenizer, trust_remote_code=config.trust_remote_code
     )
@@ -288,9 +286,7 @@ class _RowMeanTrainer(Trainer):
     """A Trainer whose loss is the mean over a batch's rows of each row's own mean loss."""
 
     def __init__(self, *, rendered: list[Rendered], tokens_per_batch: int, **kwargs: Any) -> None:
-        super().__init__(
-            train_dataset=range(len(rendered)), data_collator=lambda rows: {"rows": rows}, **kwargs
-        )
+        super().__init__(train_dataset=range(len(rendered)), data_collator=lambda rows: {"rows": rows}, **kwargs)
         self.rendered, self.tokens_per_batch = rendered, tokens_per_batch
         self.bar: Progress | None = None
 

@@ -74,7 +74,7 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory) -> Path:
-    """Two-layer Llama with grouped-query attention and untied head, random weights of seed 0, saved with its tokenizer."""
+    """Two-layer Llama with grouped-query attention and an untied head, random weights, saved with its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -84,7 +84,8 @@ def tiny_model_folder(tmp_path_factory) -> Path:
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, pad_token_id=0, eos_token_id=0,
+                num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, pad_token_id=0,
+                eos_token_id=0,
             )
         )  # fmt: skip
     model.save_pretrained(folder)
@@ -99,7 +100,24 @@ def tiny_model(tiny_model_folder):
     return AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
 
 
-_WORDS = "red green blue amber violet teal ochre plum umber jade lilac coral mauve sienna indigo pearl".split()
+_WORDS = [
+    "red",
+    "green",
+    "blue",
+    "amber",
+    "violet",
+    "teal",
+    "ochre",
+    "plum",
+    "umber",
+    "jade",
+    "lilac",
+    "coral",
+    "mauve",
+    "sienna",
+    "indigo",
+    "pearl",
+]
 
 
 def tiny_row(number: int) -> dict:

@@ -89,12 +89,8 @@ def conversation_of(columns: dict[str, Any]) -> Conversation:
         raise RowProblem("no assistant turn", f"the roles are {', '.join(m['role'] for m in messages)}")
     kwargs = row.get("chat_template_kwargs", {})
     if not isinstance(kwargs, dict):
-        raise RowProblem(
-            "field missing", f"chat_template_kwargs is {reprlib.repr(kwargs)}, expected an object"
-        )
-    return Conversation(
-        messages=messages, tools=_tools(row.get("tools")), chat_template_kwargs=_without_nulls(kwargs)
-    )
+        raise RowProblem("field missing", f"chat_template_kwargs is {reprlib.repr(kwargs)}, expected an object")
+    return Conversation(messages=messages, tools=_tools(row.get("tools")), chat_template_kwargs=_without_nulls(kwargs))
 
 
 def _turns(row: dict[str, Any]) -> list[Any]:
@@ -159,19 +155,13 @@ def _text(content: Any, number: int) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise RowProblem(
-            "field missing", f"turn {number} has the content {reprlib.repr(content)}, expected text"
-        )
+        raise RowProblem("field missing", f"turn {number} has the content {reprlib.repr(content)}, expected text")
     for part in content:
         if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
             found = (
-                f"a part of type {part['type']!r}"
-                if isinstance(part, dict) and "type" in part
-                else reprlib.repr(part)
+                f"a part of type {part['type']!r}" if isinstance(part, dict) and "type" in part else reprlib.repr(part)
             )
-            raise RowProblem(
-                "field missing", f"turn {number} has {found} in its content, expected text parts only"
-            )
+            raise RowProblem("field missing", f"turn {number} has {found} in its content, expected text parts only")
     return "".join(part["text"] for part in content)
 
 

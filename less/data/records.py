@@ -12,13 +12,11 @@ in `sources`, the writer in `writing`, the conversation that a row holds in `con
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from datastore.errors import DataError
 from less.data.conversations import REASONS, Conversation, RowProblem, conversation_of
@@ -35,6 +33,9 @@ from less.data.sources import (
     Source,
 )
 from less.data.writing import write_lines, write_selected
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = [
     "REASONS",
@@ -78,8 +79,12 @@ def _opened(data: Any) -> Source:
             if _looks_like_a_path(data):
                 raise DataError(f"there is no file or folder {data}")
             return _open_hub(str(data))
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, *_arrow_errors()) as error:
             raise DataError(f"cannot read {data}: {error}") from error
+        except ModuleNotFoundError as error:
+            raise DataError(
+                f"{data} cannot be read without the package {error.name}; install it, or give a JSON Lines file"
+            ) from error
     if isinstance(data, Sequence) and not isinstance(data, bytes):
         return Memory(data)
     if hasattr(data, "with_format") and hasattr(data, "num_rows") and not isinstance(data, dict):
@@ -90,13 +95,15 @@ def _opened(data: Any) -> Source:
     )
 
 
+def _arrow_errors() -> tuple[type[Exception], ...]:
+    """What Arrow raises: only Parquet and `datasets` need it, so it may not be there."""
+    arrow = sys.modules.get("pyarrow")
+    return (arrow.ArrowException,) if arrow else ()
+
+
 def _looks_like_a_path(data: str | os.PathLike[str]) -> bool:
     text = os.fspath(data)
-    return (
-        not isinstance(data, str)
-        or text.endswith(SUFFIXES)
-        or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text)
-    )
+    return not isinstance(data, str) or text.endswith(SUFFIXES) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text)
 
 
 def _open_file(path: Path) -> Source:
@@ -105,9 +112,7 @@ def _open_file(path: Path) -> Source:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return Arrow(path.name, "parquet", str(path.resolve()), _row_groups([path]), sha256)
     if path.suffix not in JSON_LINES:
-        raise DataError(
-            f"cannot tell the format of {path}; expected a name that ends in {', '.join(SUFFIXES)}"
-        )
+        raise DataError(f"cannot tell the format of {path}; expected a name that ends in {', '.join(SUFFIXES)}")
     with open(path, "rb") as file:
         if path.suffix == ".json" and file.read(ROWS_AT_ONCE).removeprefix(BOM).lstrip().startswith(b"["):
             raise DataError(
@@ -127,9 +132,7 @@ def _open_folder(path: Path) -> Source:
         return _open_dataset(datasets.load_from_disk(str(path)), path.resolve().name, str(path.resolve()))
     files = sorted(path.glob("*.parquet"))
     if not files:
-        raise DataError(
-            f"{path} holds neither *.parquet files nor a data set saved by `datasets`; name one file of it"
-        )
+        raise DataError(f"{path} holds neither *.parquet files nor a data set saved by `datasets`; name one file of it")
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as stream:
@@ -138,22 +141,22 @@ def _open_folder(path: Path) -> Source:
 
 
 def _row_groups(files: Sequence[Path]) -> list[Chunk]:
+    import pyarrow.parquet as pq
+
     chunks, schema = [], None
     for file in files:
         with pq.ParquetFile(file) as parquet:
             schema = schema or parquet.schema_arrow
             if not parquet.schema_arrow.equals(schema):
-                raise DataError(
-                    f"{file} and {files[0]} have different columns; expected one schema in a folder"
-                )
+                raise DataError(f"{file} and {files[0]} have different columns; expected one schema in a folder")
             groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-        chunks += [
-            Chunk(num_rows, partial(_read_row_group, file, group)) for group, num_rows in enumerate(groups)
-        ]
+        chunks += [Chunk(num_rows, partial(_read_row_group, file, group)) for group, num_rows in enumerate(groups)]
     return chunks
 
 
-def _read_row_group(file: Path, group: int) -> pa.Table:
+def _read_row_group(file: Path, group: int) -> "pa.Table":
+    import pyarrow.parquet as pq
+
     with pq.ParquetFile(file) as parquet:
         return parquet.read_row_group(group)
 

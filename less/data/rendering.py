@@ -143,9 +143,7 @@ class Renderer:
         supervised = _overlapping(tokens["offset_mapping"][:limit], spans)
         supervised[:1] = [False]
         if not any(supervised):
-            raise RowProblem(
-                "no supervised token", f"none in the first {limit} of the row's {num_tokens} tokens"
-            )
+            raise RowProblem("no supervised token", f"none in the first {limit} of the row's {num_tokens} tokens")
         return Rendered(tokens["input_ids"][:limit], supervised, truncated=num_tokens > limit)
 
     def text_and_spans(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from less.data.conversations import RowProblem
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = [
     "BOM",
@@ -61,7 +62,7 @@ class Record:
     """Why the row cannot be read, if so."""
     label: str = "row"
     """What the id of a row without an `id` begins with: the source's stem."""
-    arrow: pa.Table | None = field(default=None, repr=False, compare=False)
+    arrow: "pa.Table | None" = field(default=None, repr=False, compare=False)
     """Parquet and `datasets` only: the same row, one long, with its Arrow types."""
 
     @property
@@ -150,9 +151,7 @@ class JsonLines(Source):
         else:
             columns, problem = _object(row)
         where = f"{self.name}:{number + 1 + bisect_right(self._blanks, number)}"
-        return Record(
-            number=int(number), where=where, columns=columns, raw=raw, problem=problem, label=self.stem
-        )
+        return Record(number=int(number), where=where, columns=columns, raw=raw, problem=problem, label=self.stem)
 
 
 class Memory(Source):
@@ -184,7 +183,7 @@ class Chunk:
     """Rows of an Arrow source that are read together."""
 
     num_rows: int
-    load: Callable[[], pa.Table]
+    load: "Callable[[], pa.Table]"
 
 
 class Arrow(Source):
@@ -224,7 +223,7 @@ class Arrow(Source):
             found.update(zip(inside, self._records(inside, table), strict=True))
         return [found[number] for number in numbers]
 
-    def _records(self, numbers: Sequence[int], table: pa.Table) -> Iterator[Record]:
+    def _records(self, numbers: Sequence[int], table: "pa.Table") -> Iterator[Record]:
         for at, (number, columns) in enumerate(zip(numbers, table.to_pylist(), strict=True)):
             where = f"{self.name}[{number}]"
             row = table.slice(at, 1)

@@ -82,9 +82,7 @@ def load_targets(
             rendered = renderer.render_record(record)
         except RowProblem as problem:
             if strict:
-                raise RowError(
-                    f"{record.where}: {problem}; mend the row, or leave strict mode to skip it"
-                ) from None
+                raise RowError(f"{record.where}: {problem}; mend the row, or leave strict mode to skip it") from None
             targets.skipped.append(SkippedRow(record.where, record.id, problem.reason, problem.detail))
             continue
         subtask = (record.columns or {}).get("subtask")

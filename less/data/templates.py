@@ -120,9 +120,7 @@ class ChatTemplate:
 
 def _read(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if name == "tulu" and not tokenizer.eos_token:
-        raise ModelError(
-            "the tulu template closes a turn with the eos token, and the tokenizer has none; use chatml"
-        )
+        raise ModelError("the tulu template closes a turn with the eos token, and the tokenizer has none; use chatml")
     if name in BUILTIN_TEMPLATES:
         return BUILTIN_TEMPLATES[name]
     try:

@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from datastore.errors import DataError
 from less.data.sources import SUFFIXES, Record, json_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["write_lines", "write_selected"]
 
@@ -43,6 +43,8 @@ def write_selected(
     """
     path = Path(path)
     if path.suffix == ".parquet" or (kind == "parquet" and path.suffix not in SUFFIXES):
+        import pyarrow.parquet as pq
+
         table = _table(records, extra)
         with _appearing_whole(path) as file:
             pq.write_table(table, file)
@@ -88,7 +90,9 @@ def _past_space(line: str, at: int) -> int:
     return _SPACE.match(line, at).end()  # type: ignore[union-attr]  # it matches the empty string
 
 
-def _table(records: Sequence[Record], extra: Sequence[dict[str, Any]]) -> pa.Table:
+def _table(records: Sequence[Record], extra: Sequence[dict[str, Any]]) -> "pa.Table":
+    import pyarrow as pa
+
     typed = [record.arrow for record in records if record.arrow is not None]
     try:
         if records and len(typed) == len(records):
@@ -99,13 +103,13 @@ def _table(records: Sequence[Record], extra: Sequence[dict[str, Any]]) -> pa.Tab
             at = table.schema.get_field_index(name)
             table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
     except (pa.ArrowException, OverflowError) as error:
-        raise DataError(
-            f"the rows do not fit into Parquet columns: {error}; write a .jsonl file instead"
-        ) from error
+        raise DataError(f"the rows do not fit into Parquet columns: {error}; write a .jsonl file instead") from error
     return table
 
 
-def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, pa.Array]:
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, "pa.Array"]:
+    import pyarrow as pa
+
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: pa.array([row.get(name) for row in rows]) for name in names}
 

@@ -22,9 +22,7 @@ class ProjectionConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in PROJECTIONS:
-            raise SettingError(
-                f"unknown projection: got {self.kind!r}, expected one of {', '.join(PROJECTIONS)}"
-            )
+            raise SettingError(f"unknown projection: got {self.kind!r}, expected one of {', '.join(PROJECTIONS)}")
         if not 1 <= self.proj_dim < 2**31:  # a column number is one 32-bit word of the hash
             raise SettingError(
                 f"projection dimension out of range: got {self.proj_dim}, expected 1 ≤ K < 2**31 (often 8192)"

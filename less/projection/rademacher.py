@@ -38,9 +38,7 @@ class RademacherProjector(Projector):
     def _rows_ref(self, name: str) -> Tensor:
         key = make_key(self.config.seed, name, "rademacher")
         num_words = -(-self.dim // 32)
-        words_pW = [
-            [hash_index_ref(key, i, w) for w in range(num_words)] for i in range(self._num_rows(name))
-        ]
+        words_pW = [[hash_index_ref(key, i, w) for w in range(num_words)] for i in range(self._num_rows(name))]
         signs_pK = [[1 - 2 * (row[k // 32] >> k % 32 & 1) for k in range(self.dim)] for row in words_pW]
         return torch.tensor(signs_pK, dtype=torch.float32) * self.dim**-0.5
 

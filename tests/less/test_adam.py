@@ -31,9 +31,7 @@ ADAM_CONSTANTS = [
 ]
 
 
-def gradients_and_moments(
-    num_rows: int, num_params: int, scale: float = 1e-3
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients_and_moments(num_rows: int, num_params: int, scale: float = 1e-3) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(num_rows * 10007 + num_params)
     grads_BP = torch.randn(num_rows, num_params, generator=generator) * scale
     m_P = torch.randn(num_params, generator=generator) * scale / 3

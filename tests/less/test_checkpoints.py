@@ -62,9 +62,7 @@ def arguments(output: Path, **settings: object) -> dict[str, object]:
 
 def train(output: Path, *, odd_names: bool = False, adapter: str = "default", **settings: object) -> Trainer:
     model = get_peft_model(tiny_llama(odd_names), lora(), adapter_name=adapter)
-    trainer = Trainer(
-        model=model, args=TrainingArguments(**arguments(output, **settings)), train_dataset=ROWS
-    )
+    trainer = Trainer(model=model, args=TrainingArguments(**arguments(output, **settings)), train_dataset=ROWS)
     trainer.train()
     return trainer
 
@@ -131,9 +129,7 @@ class TestMoments:
         folder = Path(shutil.move(tmp_path / "checkpoint-3" / "mine", tmp_path / "mine"))
         for file in ("optimizer.pt", "trainer_state.json"):
             shutil.copy(tmp_path / "checkpoint-3" / file, folder)
-        live = [
-            trainer.optimizer.state[p]["exp_avg"] for n, p in trainer.model.named_parameters() if "lora" in n
-        ]
+        live = [trainer.optimizer.state[p]["exp_avg"] for n, p in trainer.model.named_parameters() if "lora" in n]
         for moment, expected in zip(load(find_checkpoints([folder])[0]).m.values(), live, strict=True):
             assert torch.equal(moment, expected)
 
@@ -316,17 +312,13 @@ class TestWeights:
         assert [c.name for c in both] == ["checkpoint-3", "checkpoint-6", "checkpoint-3.2", "checkpoint-6.2"]
         assert both[0].weight == both[2].weight == pytest.approx(find_checkpoints([run])[0].weight / 2)
         across = find_checkpoints([run / "checkpoint-3", tmp_path / "other" / "checkpoint-6"])
-        assert across[1].weight / across[0].weight == pytest.approx(
-            2.5 / 3
-        )  # all six steps, not the last three
+        assert across[1].weight / across[0].weight == pytest.approx(2.5 / 3)  # all six steps, not the last three
 
     def test_do_not_depend_on_the_order_given(self, run: Path) -> None:
         forward = find_checkpoints([run / "checkpoint-3", run / "checkpoint-6"])
         assert find_checkpoints([run / "checkpoint-6", run / "checkpoint-3"]) == forward[::-1]
 
-    @pytest.mark.parametrize(
-        "weights", [[1], [1, 2, 3], [-1, 2], [0, 0], [float("nan"), 1], [float("inf"), 1]]
-    )
+    @pytest.mark.parametrize("weights", [[1], [1, 2, 3], [-1, 2], [0, 0], [float("nan"), 1], [float("inf"), 1]])
     def test_out_of_range(self, run: Path, weights: list[float]) -> None:
         with pytest.raises(SettingError, match="--checkpoint-weights"):
             find_checkpoints([run], weights)

@@ -39,7 +39,8 @@ def test_round_robin_takes_each_columns_best_that_is_left(num_rows, num_columns,
 
 
 @pytest.mark.parametrize(
-    ("fraction", "num_rows", "expected"), [(0.05, 1000, 50), (0.07, 100, 7), (0.05, 19, 1), (1.0, 3, 3), (0.051, 100, 6)]
+    ("fraction", "num_rows", "expected"),
+    [(0.05, 1000, 50), (0.07, 100, 7), (0.05, 19, 1), (1.0, 3, 3), (0.051, 100, 6)],
 )
 def test_fraction_takes_the_exact_ceiling(fraction, num_rows, expected):
     assert num_to_select(num_rows, fraction=fraction) == expected
@@ -52,7 +53,8 @@ def test_fraction_never_selects_less_than_asked_nor_a_row_more(fraction, num_row
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"fraction": 0.1, "count": 1}, {"fraction": 0.0}, {"fraction": 1.1}, {"count": 0}, {"count": 11}]
+    "arguments",
+    [{}, {"fraction": 0.1, "count": 1}, {"fraction": 0.0}, {"fraction": 1.1}, {"count": 0}, {"count": 11}],
 )
 def test_a_size_out_of_range_is_refused(arguments):
     with pytest.raises(SettingError):

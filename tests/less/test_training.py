@@ -31,9 +31,7 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, tiny_rows: list[dict]
-) -> Callable[..., WarmupResult]:
+def run(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, tiny_rows: list[dict]) -> Callable[..., WarmupResult]:
     """Warm up the tiny model on the tiny rows: 20 of 40 rows, 3 steps an epoch, unless told otherwise."""
 
     def call(**settings: Any) -> WarmupResult:
@@ -102,9 +100,7 @@ class TestTraining:
     def test_keeps_adapters_in_float32_on_a_bfloat16_base(self, run: Any, tiny_model_folder: Path) -> None:
         result = run(model=tiny_model_folder, dtype="bfloat16", epochs=1)
         assert {t.dtype for t in adapter(result.checkpoints[0]).values()} == {torch.float32}
-        assert (
-            json.loads((result.output / "warmup.json").read_text())["settings"]["dtype"] == "torch.bfloat16"
-        )
+        assert json.loads((result.output / "warmup.json").read_text())["settings"]["dtype"] == "torch.bfloat16"
 
     def test_adapts_the_modules_asked_for(self, run: Any) -> None:
         names = adapter(run(epochs=1, target_modules="q_proj, v_proj").checkpoints[0])
@@ -138,9 +134,7 @@ class TestCallersBelongings:
         assert not tiny_model.training
         after = dict(tiny_model.named_parameters())
         assert after.keys() == before.keys()
-        assert all(
-            after[n].requires_grad == grad and torch.equal(after[n], p) for n, (grad, p) in before.items()
-        )
+        assert all(after[n].requires_grad == grad and torch.equal(after[n], p) for n, (grad, p) in before.items())
 
     def test_random_states_are_left_alone(self, run: Any) -> None:
         def states() -> tuple[Any, ...]:
@@ -180,9 +174,7 @@ class TestRows:
         assert not any(number % 2 for number in record["rows"])
         assert [row["row"] for row in record["skipped"]] == [row.row for row in result.skipped]
 
-    def test_that_cannot_be_used_stop_a_strict_run(
-        self, run: Any, tiny_rows: list[dict], tmp_path: Path
-    ) -> None:
+    def test_that_cannot_be_used_stop_a_strict_run(self, run: Any, tiny_rows: list[dict], tmp_path: Path) -> None:
         with pytest.raises(RowError, match=r"memory\[0\]"):
             run(data=[{}, *tiny_rows], fraction=1, strict=True)
         assert not (tmp_path / "run").exists()
@@ -238,9 +230,7 @@ class TestSecondCall:
 
     def test_with_other_settings_is_refused_by_name(self, run: Any, tiny_rows: list[dict]) -> None:
         run()
-        with pytest.raises(
-            SettingError, match=r"epochs is 2 there and 3 here; learning_rate is 0\.01 there and 0\.1"
-        ):
+        with pytest.raises(SettingError, match=r"epochs is 2 there and 3 here; learning_rate is 0\.01 there and 0\.1"):
             run(epochs=3, learning_rate=0.1)
         with pytest.raises(SettingError, match=r"data is .* choose another --output"):
             run(data=tiny_rows[:-1])
@@ -280,14 +270,10 @@ class TestConfig:
 
     def test_reads_target_modules(self) -> None:
         assert WarmupConfig().target_modules == "all-linear"
-        assert WarmupConfig(target_modules="q_proj, v_proj") == WarmupConfig(
-            target_modules=["q_proj", "v_proj"]
-        )
+        assert WarmupConfig(target_modules="q_proj, v_proj") == WarmupConfig(target_modules=["q_proj", "v_proj"])
 
     def test_unknown_names_are_answered_with_the_known(self, run: Any) -> None:
-        with pytest.raises(
-            TypeError, match=r"no setting 'lr'; expected some of fraction, .*trust_remote_code"
-        ):
+        with pytest.raises(TypeError, match=r"no setting 'lr'; expected some of fraction, .*trust_remote_code"):
             run(lr=1)
 
     def test_modules_that_are_not_there_or_cannot_be_used(self, run: Any, tiny_model: Any) -> None:
