@@ -31,10 +31,12 @@ import torch
 from datastore import Datastore
 from less import build_datastore, score, warmup
 from less.adam import UPDATE_RULES, update_direction_ref
-from less.checkpoints import AdamState, find_checkpoints, load_adam_state
+from less.adapters import adapted_model
+from less.checkpoints import find_checkpoints
 from less.data import RenderConfig, Renderer, collate, load_targets, open_source
 from less.gradients import gradients_ref
-from less.models import ParamLayout, adapted_model, load_base_model, load_tokenizer
+from less.models import ParamLayout, load_base_model, load_tokenizer
+from less.moments import AdamState, load_adam_state
 from less.projection import ProjectionConfig, make_projector
 from less.selection import select_top
 
@@ -119,7 +121,7 @@ def reference(model: Path, run: Path, pool: Path, targets: list[dict], store: Da
     for checkpoint in checkpoints:
         with adapted_model(base, checkpoint.path) as adapted:
             layout = ParamLayout.of(adapted)
-            states.append(load_adam_state(checkpoint, adapted, layout))
+            states.append(load_adam_state(checkpoint.path, adapted, layout))
             for rendered, into in ((rows, grads_NP), (wanted.rendered, targets_MP)):
                 grads = [gradients_ref(adapted, collate(rendered, [n]))[1] for n in range(len(rendered))]
                 into.append(torch.cat([torch.cat(list(blocks.values()), dim=1) for blocks in grads]))

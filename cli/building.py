@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from cli.options import CommaList, model_options, output_options, rendering_options, running_options, strict_option
 from cli.libraries import hush_libraries
+from cli.options import CommaList, model_options, output_options, rendering_options, running_options, strict_option
 from cli.showing import human_bytes, show_skipped
 
 __all__ = ["build_datastore_command"]
@@ -14,32 +14,52 @@ __all__ = ["build_datastore_command"]
 @click.command("build-datastore", short_help="Gradient features of every row, at every checkpoint.")
 @model_options
 @click.option(
-    "--checkpoints", required=True, multiple=True, metavar="RUN",
+    "--checkpoints",
+    required=True,
+    multiple=True,
+    metavar="RUN",
     help="A run folder (all its checkpoint-*) or a checkpoint folder; may be repeated.",
 )
 @click.option(
-    "--data", required=True, multiple=True, metavar="POOL",
+    "--data",
+    required=True,
+    multiple=True,
+    metavar="POOL",
     help="Instruction pool: .jsonl, .parquet, a folder or a hub name; may be repeated.",
 )
 @click.option("--datastore", required=True, metavar="DS", help="Folder of the store.")
 @click.option(
-    "--update-rule", default=["adam"], show_default="adam", multiple=True,
+    "--update-rule",
+    default=["adam"],
+    show_default="adam",
+    multiple=True,
     type=click.Choice(["adam", "adam-less", "adam-no-momentum", "sgd", "sign"]),
     help="How a gradient becomes an update; repeat it for several feature sets.",
 )
 @click.option(
-    "--projection", default=["sparse"], show_default="sparse", multiple=True,
-    type=click.Choice(["sparse", "rademacher", "none"]), help="Random projection; may be repeated.",
+    "--projection",
+    default=["sparse"],
+    show_default="sparse",
+    multiple=True,
+    type=click.Choice(["sparse", "rademacher", "none"]),
+    help="Random projection; may be repeated.",
 )
 @click.option("--proj-dim", default=8192, show_default=True, metavar="K", help="Dimensions kept.")
 @click.option("--seed", default=0, show_default=True, metavar="S", help="Of the projection.")
 @click.option(
-    "--checkpoint-weights", type=CommaList(float), metavar="W,W,...",
+    "--checkpoint-weights",
+    type=CommaList(float),
+    metavar="W,W,...",
     help="Weight of each checkpoint.  [default: mean learning rates, from its log]",
 )
-@click.option("--shard-rows", default=1024, show_default=True, metavar="N", help="Rows a file: the most that a kill loses.")
 @click.option(
-    "--feature-dtype", default="auto", show_default=True, type=click.Choice(["auto", "float16", "float32"]),
+    "--shard-rows", default=1024, show_default=True, metavar="N", help="Rows a file: the most that a kill loses."
+)
+@click.option(
+    "--feature-dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float16", "float32"]),
     help="Of stored rows; auto is float32 for projection none, else float16.",
 )
 @rendering_options
@@ -67,6 +87,6 @@ def build_datastore_command(quiet: bool, debug: bool, **options: Any) -> None:
             click.echo(f"note: {count} scored rows {what} that came before; all are kept")
     if result.num_computed == 0:
         click.echo(f"{result.datastore} is complete: nothing to do")
-    click.echo(f"{result.num_scored} rows scored of {result.num_rows}, {human_bytes(result.num_bytes)}: {result.datastore}")
-
-
+    click.echo(
+        f"{result.num_scored} rows scored of {result.num_rows}, {human_bytes(result.num_bytes)}: {result.datastore}"
+    )

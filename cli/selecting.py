@@ -16,24 +16,36 @@ _NUM_SHOWN = 5
 @click.command("select", short_help="The rows that are most influential for the targets.")
 @click.option("--datastore", required=True, metavar="DS", help="A finished store.")
 @click.option(
-    "--targets", required=True, multiple=True, metavar="T",
+    "--targets",
+    required=True,
+    multiple=True,
+    metavar="T",
     help="Examples of the wanted capability, in groups by their `subtask`; may be repeated.",
 )
 @click.option("--fraction", type=float, metavar="F", help="Of the scored rows to select, such as 0.05.")
 @click.option("--count", type=int, metavar="N", help="Number of rows to select, in place of --fraction.")
-@click.option("--output", required=True, metavar="OUT", help=".jsonl or .parquet file; or a folder, a file a target set.")
+@click.option(
+    "--output", required=True, metavar="OUT", help=".jsonl or .parquet file; or a folder, a file a target set."
+)
 @click.option("--scores", metavar="SCORES", help="Also write every candidate's scores: a .jsonl file, or a folder.")
 @click.option(
-    "--combine", type=click.Choice(["max", "round-robin"]),
+    "--combine",
+    type=click.Choice(["max", "round-robin"]),
     help="One selection for all target sets: by the best of them, or by turns.  [default: one each]",
 )
 @click.option("--feature-set", metavar="NAME", help="Which feature set, where the store has several.")
 @click.option(
-    "--aggregate", default="mean-of-cosines", show_default=True,
-    type=click.Choice(["mean-of-cosines", "cosine-of-mean"]), help="How the targets of a subtask count together.",
+    "--aggregate",
+    default="mean-of-cosines",
+    show_default=True,
+    type=click.Choice(["mean-of-cosines", "cosine-of-mean"]),
+    help="How the targets of a subtask count together.",
 )
 @click.option(
-    "--normalize", default="cosine", show_default=True, type=click.Choice(["cosine", "none"]),
+    "--normalize",
+    default="cosine",
+    show_default=True,
+    type=click.Choice(["cosine", "none"]),
     help="Cosine; or none: the predicted drop of the targets' loss, which favours short rows.",
 )
 @click.option("--system-prompt", metavar="keep|none|TEXT", help="For the targets.  [default: as for the pool]")

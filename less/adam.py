@@ -28,7 +28,7 @@ from datastore.errors import SettingError
 if TYPE_CHECKING:  # the rules' names are wanted where torch is not
     from torch import Tensor
 
-    from less.checkpoints import AdamState
+    from less.moments import AdamState
 
 __all__ = [
     "NEEDS_MOMENTS",

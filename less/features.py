@@ -17,10 +17,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from less.adam import PreparedRule, UpdateRule
-from less.checkpoints import AdamState
 from less.data.batching import Batch
 from less.gradients import per_sample_gradients
 from less.models import ParamLayout
+from less.moments import AdamState
 from less.projection import ProjectionConfig, Projector
 
 __all__ = ["BatchFeatures", "FeatureSet", "FeatureSetConfig", "gradient_features", "shared_direction"]

@@ -24,6 +24,7 @@ __all__ = [
     "AGGREGATES",
     "NORMALIZERS",
     "InfluenceScores",
+    "check_formula",
     "influence_scores",
     "influence_scores_ref",
     "subtask_queries",
@@ -75,6 +76,16 @@ class InfluenceScores:
         return [self.subtasks[j] for j in self.scores_NJ.argmax(axis=1)]
 
 
+def check_formula(aggregate: str, normalize: str) -> None:
+    """Raise `SettingError` for an unknown word, or `cosine-of-mean` without cosine."""
+    if aggregate not in AGGREGATES:
+        raise SettingError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
+    if normalize not in NORMALIZERS:
+        raise SettingError(f"normalize must be one of {', '.join(NORMALIZERS)}, got {normalize!r}")
+    if (aggregate, normalize) == ("cosine-of-mean", "none"):
+        raise SettingError("aggregate cosine-of-mean has no meaning with normalize none; leave one of them out")
+
+
 def subtask_queries(
     features_MK: Tensor, subtask_M: Sequence[int], num_subtasks: int, *, aggregate: str, normalize: str
 ) -> Tensor:
@@ -94,12 +105,7 @@ def subtask_queries(
     Raises:
         SettingError: an unknown word, or `cosine-of-mean` without cosine.
     """
-    if aggregate not in AGGREGATES:
-        raise SettingError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
-    if normalize not in NORMALIZERS:
-        raise SettingError(f"normalize must be one of {', '.join(NORMALIZERS)}, got {normalize!r}")
-    if (aggregate, normalize) == ("cosine-of-mean", "none"):
-        raise SettingError("aggregate cosine-of-mean has no meaning with normalize none; leave one of them out")
+    check_formula(aggregate, normalize)
     if (aggregate, normalize) == ("mean-of-cosines", "cosine"):
         features_MK = torch.nn.functional.normalize(features_MK, dim=1, eps=0)
     index_M = torch.as_tensor(subtask_M, device=features_MK.device)

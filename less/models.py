@@ -3,27 +3,21 @@
     y = W x + s · B (A x)        A: (R, in), B: (out, R), s = alpha / R (LoRA, Hu et al. 2022, §4.1)
 
 `ParamLayout` is the seam of the whole engine: a gradient row, an Adam moment and a column of the projection
-mean nothing without the order of parameters that it fixes. Adapters whose gradients the hooks could not see
-rightly are refused here, by name. Training is `less.training`'s business, Adam's moments are
-`less.checkpoints`'.
+mean nothing without the order of parameters that it fixes. Putting an adapter on is `less.adapters`' business.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -34,28 +28,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from datastore.errors import CheckpointError, ModelError, SettingError, UnsupportedError
+from datastore.errors import ModelError, SettingError
 
 __all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_WEIGHTS",
     "ParamLayout",
-    "adapted_model",
     "context_length",
-    "load_adapter_weights",
+    "first_line",
     "load_base_model",
     "load_config",
     "load_tokenizer",
     "lora_layers",
-    "lora_model",
     "lora_parameters",
     "model_fingerprint",
     "resolve_device",
     "resolve_dtype",
 ]
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FINGERPRINT_VALUES = 1024  # values read of each weight: enough to tell models apart, cheap at 70B
@@ -144,7 +131,7 @@ def load_config(name: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     try:
         return AutoConfig.from_pretrained(str(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as err:
-        raise ModelError(f"no model is found at {str(name)!r}: {_first_line(err)}") from err
+        raise ModelError(f"no model is found at {str(name)!r}: {first_line(err)}") from err
 
 
 def load_tokenizer(
@@ -160,7 +147,7 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as err:
-        raise ModelError(f"no tokenizer can be loaded from {str(tokenizer)!r}: {_first_line(err)}") from err
+        raise ModelError(f"no tokenizer can be loaded from {str(tokenizer)!r}: {first_line(err)}") from err
 
 
 def load_base_model(
@@ -204,7 +191,7 @@ def load_base_model(
             str(model), dtype=resolve_dtype(dtype, where), trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as err:
-        raise ModelError(f"no causal language model can be loaded from {str(model)!r}: {_first_line(err)}") from err
+        raise ModelError(f"no causal language model can be loaded from {str(model)!r}: {first_line(err)}") from err
     return loaded.to(where).eval()
 
 
@@ -236,78 +223,6 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def lora_model(base: PreTrainedModel, config: LoraConfig) -> Iterator[PeftModel]:
-    """`base` with an untrained LoRA adapter; afterwards, whatever happens, the base is as it was.
-
-    Adapter weights are kept in float32 whatever the base's dtype, as PEFT trains them.
-
-    Raises:
-        UnsupportedError: the adapter does not fit the model, or its per-sample gradients would be wrong.
-    """
-    required_grad = {name: p.requires_grad for name, p in base.named_parameters()}
-    use_cache, training = getattr(base.config, "use_cache", None), base.training
-    try:
-        try:
-            model = get_peft_model(base, config)
-        except ValueError as err:
-            raise UnsupportedError(f"target_modules do not fit this model: {_first_line(err)}") from err
-        _refuse_unsupported_layers(model)
-        yield model
-    finally:
-        # PEFT's own `unload` needs the PeftModel, and a failure half-way through the injection leaves none.
-        for name, layer in lora_layers(base).items():
-            base.set_submodule(name, layer.get_base_layer())
-        vars(base).pop("peft_config", None)
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(required_grad[name])
-        if use_cache is not None:
-            base.config.use_cache = use_cache  # the Trainer turns it off
-        base.train(training)
-
-
-@contextmanager
-def adapted_model(base: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
-    """`base` with the LoRA adapter of a checkpoint folder; the base is given back as it was.
-
-    Raises:
-        CheckpointError: the folder holds no adapter, or one that does not fit the model.
-        UnsupportedError: an adapter whose per-sample gradients would be wrong.
-    """
-    with lora_model(base, _load_adapter_config(folder)) as model:
-        load_adapter_weights(model, folder)
-        yield model.eval()
-
-
-def load_adapter_weights(model: nn.Module, folder: Path) -> None:
-    """Overwrite `model`'s LoRA weights with those saved in `folder`, every name and shape checked.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or its parameters are not the model's.
-    """
-    file = folder / ADAPTER_WEIGHTS
-    if not file.is_file():
-        raise CheckpointError(f"{folder}: no {ADAPTER_WEIGHTS}; expected a folder as the Trainer or PEFT saves it")
-    try:
-        saved = load_file(file)
-    except SafetensorError as err:
-        raise CheckpointError(f"{file} is damaged: {err}; copy it again from where it was trained") from err
-    parameters = lora_parameters(model)
-    for name in sorted(saved.keys() | parameters.keys()):
-        if name not in saved:
-            raise CheckpointError(f"{file} lacks {name}, which its {ADAPTER_CONFIG} asks for on this model")
-        if name not in parameters:
-            raise CheckpointError(f"{file} holds {name}, which this model has not; is it the right base model?")
-        if saved[name].shape != parameters[name].shape:
-            raise CheckpointError(
-                f"{name} has shape {tuple(saved[name].shape)} in {file} and {tuple(parameters[name].shape)} "
-                "on this model; is it the right base model?"
-            )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-
-
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Every module that carries a LoRA adapter, by its PEFT name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -322,71 +237,6 @@ def lora_parameters(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _load_adapter_config(folder: Path) -> LoraConfig:
-    file = folder / ADAPTER_CONFIG
-    if not file.is_file():
-        raise CheckpointError(f"{folder}: no {ADAPTER_CONFIG}; expected a checkpoint of a PEFT LoRA model")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as err:
-        raise CheckpointError(f"{file} is not JSON: {err}") from err
-    _refuse_unsupported_config(raw, file)
-    config = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = False
-    config.init_lora_weights = False  # the weights come from the file
-    config.base_model_name_or_path = None  # the base is known by its fingerprint, not by where it lay in training
-    config.lora_dropout = 0.0
-    return config
-
-
-def _refuse_unsupported_config(raw: dict[str, Any], file: Path) -> None:
-    kind = raw.get("peft_type")
-    if kind != "LORA":
-        raise UnsupportedError(f"{file}: adapter type {kind} is not supported; only LORA is")
-    reasons = {
-        "use_dora": "DoRA rescales the whole weight, so a row's gradient is not a sum over its tokens",
-        "modules_to_save": "modules trained whole have no LoRA gradient",
-        "target_parameters": "LoRA on bare parameters (routed experts) mixes the rows of a batch",
-        "trainable_token_indices": "trained token embeddings have no LoRA gradient",
-        "lora_bias": "a LoRA bias is not part of the gradient",
-        "use_qalora": "QALoRA pools the input of A",
-        "use_bdlora": "block-diagonal LoRA is another function",
-        "alora_invocation_tokens": "activated LoRA applies to some tokens only",
-        "monteclora_config": "MonteCLoRA samples its weights",
-        "velora_config": "VeLoRA compresses activations",
-        "kasa_config": "KaSA changes the base weights",
-        "arrow_config": "Arrow routes between adapters",
-    }
-    for key, why in reasons.items():
-        if raw.get(key):
-            raise UnsupportedError(f"{file}: {key} = {raw[key]!r} is not supported ({why}); train plain LoRA")
-    if raw.get("bias", "none") != "none":
-        raise UnsupportedError(
-            f"{file}: bias = {raw['bias']!r} is not supported (trained biases have no LoRA gradient); "
-            "train with bias='none'"
-        )
-    start = raw.get("init_lora_weights")
-    if isinstance(start, str) and start.split("_")[0] in {"pissa", "olora", "corda", "loftq"}:
-        raise UnsupportedError(
-            f"{file}: init_lora_weights = {start!r} changes the base weights; convert the adapter to plain "
-            "LoRA with PEFT's path_initial_model_for_weight_conversion"
-        )
-
-
-def _refuse_unsupported_layers(model: PeftModel) -> None:
-    head = model.get_base_model().get_output_embeddings()
-    for name, layer in lora_layers(model).items():
-        kind = type(layer).__name__
-        if kind not in {"Linear", "Linear4bit", "Linear8bitLt"}:
-            raise UnsupportedError(
-                f"{name}: LoRA on {type(layer.get_base_layer()).__name__} ({kind}) is not supported; "
-                "only linear layers are. Leave it out of target_modules"
-            )
-        if layer is head:
-            raise UnsupportedError(f"{name}: LoRA on the LM head is not supported; leave it out of target_modules")
-        if layer.lora_variant:
-            raise UnsupportedError(f"{name}: LoRA variant {layer.lora_variant} is not supported; train plain LoRA")
-
-
-def _first_line(err: BaseException) -> str:
+def first_line(err: BaseException) -> str:
+    """What an exception of a library says first; libraries add pages of advice."""
     return (str(err).strip() or type(err).__name__).splitlines()[0]

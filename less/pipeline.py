@@ -21,18 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datastore import Datastore, DatastoreWriter, ShardKey, SkippedRow, SourceEntry, check_free_space
 from datastore.errors import DataError, SettingError, StoreError
 from less.adam import NEEDS_MOMENTS, UPDATE_RULES
-from less.checkpoints import AdamState, Checkpoint, find_checkpoints, load_adam_state
+from less.adapters import adapted_model, load_adapter_weights
+from less.checkpoints import Checkpoint, find_checkpoints
 from less.data.records import Source, open_source
 from less.data.rendering import RenderConfig, Renderer
 from less.features import FeatureSet, FeatureSetConfig, shared_direction
-from less.models import (
-    ParamLayout,
-    adapted_model,
-    context_length,
-    load_adapter_weights,
-    load_base_model,
-    load_tokenizer,
-)
+from less.models import ParamLayout, context_length, load_base_model, load_tokenizer
+from less.moments import AdamState, load_adam_state
 from less.progress import Progress
 from less.projection import ProjectionConfig, make_projector
 from less.provenance import location_of, record_environment, record_settings
@@ -299,7 +294,7 @@ class _Builder:
     def _moments(self, checkpoint: Checkpoint) -> AdamState | None:
         if NEEDS_MOMENTS.isdisjoint(self.config.update_rules):
             return None
-        return load_adam_state(checkpoint, self.model, self.layout)
+        return load_adam_state(checkpoint.path, self.model, self.layout)
 
     def _dtype(self, feature_set: FeatureSetConfig) -> str:
         """The stored dtype of a feature set: an unprojected one is for checking, so it keeps float32."""

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore
 from datastore.errors import ProvenanceError
-from less.checkpoints import AdamState, Checkpoint
+from less.checkpoints import Checkpoint
 from less.data.rendering import RenderConfig, Renderer
 from less.features import FeatureSetConfig
 from less.models import ParamLayout, model_fingerprint
+from less.moments import AdamState
 from less.projection import ProjectionConfig, Projector, make_projector
 
 __all__ = [

@@ -15,20 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore
 from datastore.errors import DataError, ProvenanceError, SettingError
+from less.adapters import adapted_model, load_adapter_weights
 from less.checkpoints import Checkpoint, find_checkpoints
 from less.data.batching import collate, plan_batches
 from less.data.rendering import RenderConfig, Renderer
 from less.data.targets import TargetSet, load_targets
 from less.features import FeatureSet, FeatureSetConfig, gradient_features
-from less.influence import InfluenceScores, influence_scores, subtask_queries
-from less.models import (
-    ParamLayout,
-    adapted_model,
-    context_length,
-    load_adapter_weights,
-    load_base_model,
-    load_tokenizer,
-)
+from less.influence import InfluenceScores, check_formula, influence_scores, subtask_queries
+from less.models import ParamLayout, context_length, load_base_model, load_tokenizer
 from less.pipeline import TOKENS_PER_BATCH, as_paths
 from less.progress import Progress
 from less.provenance import (
@@ -66,6 +60,11 @@ class ScoreConfig:
     """Stop at the first target that cannot be used instead of skipping it."""
     trust_remote_code: bool = False
     """Let code that comes with the model run."""
+
+    def __post_init__(self) -> None:
+        check_formula(self.aggregate, self.normalize)
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise SettingError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
 
 
 def score(

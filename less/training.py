@@ -29,19 +29,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from datastore import SkippedRow
 from datastore.errors import DataError, RowError, SettingError
+from less.adapters import lora_model
 from less.checkpoints import EvidenceWarning
 from less.data.batching import collate, plan_batches
 from less.data.records import RowProblem, Source, open_source
 from less.data.rendering import RenderConfig, Rendered, Renderer
 from less.data.writing import write_lines
 from less.gradients import token_losses
-from less.models import (
-    context_length,
-    load_base_model,
-    load_tokenizer,
-    lora_model,
-    model_fingerprint,
-)
+from less.models import context_length, load_base_model, load_tokenizer, model_fingerprint
 from less.progress import Progress
 from less.provenance import location_of
 

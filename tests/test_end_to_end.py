@@ -9,11 +9,13 @@ import torch
 from datastore import Datastore
 from less import build_datastore, score, select
 from less.adam import update_direction_ref
-from less.checkpoints import find_checkpoints, load_adam_state
+from less.adapters import adapted_model
+from less.checkpoints import find_checkpoints
 from less.data import RenderConfig, Renderer, collate, load_targets, open_source
 from less.gradients import gradients_ref
 from less.influence import influence_scores_ref
-from less.models import ParamLayout, adapted_model, load_base_model, load_tokenizer
+from less.models import ParamLayout, load_base_model, load_tokenizer
+from less.moments import load_adam_state
 
 
 def by_definition(model_folder, run, rows, targets, rule):
@@ -25,7 +27,7 @@ def by_definition(model_folder, run, rows, targets, rule):
     for checkpoint in find_checkpoints([run]):
         with adapted_model(base, checkpoint.path) as model:
             layout = ParamLayout.of(model)
-            state = load_adam_state(checkpoint, model, layout)
+            state = load_adam_state(checkpoint.path, model, layout)
             gammas, grads = [], []
             for row in range(len(pool)):
                 _, blocks = gradients_ref(model, collate(pool, [row]))

@@ -14,8 +14,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from datastore.errors import CheckpointError, OptimizerStateError, SettingError
-from less.checkpoints import AdamState, Checkpoint, EvidenceWarning, find_checkpoints, load_adam_state
-from less.models import ParamLayout, adapted_model, lora_parameters
+from less.adapters import adapted_model
+from less.checkpoints import Checkpoint, EvidenceWarning, find_checkpoints
+from less.models import ParamLayout, lora_parameters
+from less.moments import AdamState, load_adam_state
 
 TOKENS = (torch.arange(96).reshape(12, 8) % 60).tolist()
 ROWS = [{"input_ids": ids, "labels": ids} for ids in TOKENS]
@@ -69,7 +71,7 @@ def train(output: Path, *, odd_names: bool = False, adapter: str = "default", **
 
 def load(checkpoint: Checkpoint, base: LlamaForCausalLM | None = None) -> AdamState:
     with adapted_model(base or tiny_llama(), checkpoint.path) as model:
-        return load_adam_state(checkpoint, model, ParamLayout.of(model))
+        return load_adam_state(checkpoint.path, model, ParamLayout.of(model))
 
 
 def live_state(trainer: Trainer, key: str) -> dict[str, torch.Tensor]:

@@ -5,11 +5,13 @@ import torch
 
 from datastore.errors import SettingError
 from less.adam import UPDATE_RULES, update_direction_ref
-from less.checkpoints import find_checkpoints, load_adam_state
+from less.adapters import adapted_model
+from less.checkpoints import find_checkpoints
 from less.data import RenderConfig, Renderer, collate, open_source
 from less.features import FeatureSet, FeatureSetConfig, gradient_features, shared_direction
 from less.gradients import gradients_ref
-from less.models import ParamLayout, adapted_model, load_base_model, load_tokenizer
+from less.models import ParamLayout, load_base_model, load_tokenizer
+from less.moments import load_adam_state
 from less.projection import PROJECTIONS, ProjectionConfig, make_projector
 
 CPU = torch.device("cpu")
@@ -21,7 +23,7 @@ class Setting:
     def __init__(self, model, checkpoint, rendered):
         self.model, self.rendered = model, rendered
         self.layout = ParamLayout.of(model)
-        self.state = load_adam_state(checkpoint, model, self.layout)
+        self.state = load_adam_state(checkpoint.path, model, self.layout)
         self.losses_N, self.grads = gradients_ref(model, collate(rendered, range(len(rendered))))
         self.matrices = {}
 
@@ -197,7 +199,7 @@ def test_features_on_a_gpu_equal_those_on_the_cpu(tiny_model_folder, tiny_run, t
         base = load_base_model(tiny_model_folder, dtype="float32", device=name)
         with adapted_model(base, checkpoint.path) as model:
             layout = ParamLayout.of(model)
-            state = load_adam_state(checkpoint, model, layout)
+            state = load_adam_state(checkpoint.path, model, layout)
             sets = []
             for rule in ("adam", "adam-less", "sgd"):
                 for kind in PROJECTIONS:

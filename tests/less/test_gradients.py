@@ -18,10 +18,11 @@ from transformers import (
 )
 
 from datastore.errors import CheckpointError, UnsupportedError
+from less.adapters import adapted_model
 from less.data.batching import collate, plan_batches
 from less.data.rendering import Rendered
 from less.gradients import gradients_ref, per_sample_gradients, token_losses
-from less.models import ParamLayout, adapted_model, model_fingerprint
+from less.models import ParamLayout, model_fingerprint
 
 SMALL = {
     "vocab_size": 97,

@@ -366,36 +366,38 @@ BAD_LINES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def bad_lines(rows):
+    """Good rows among the bad, a blank line, an id twice and a row three times."""
+    good = [json.dumps(row) for row in rows[:6]]
+    again = {**rows[2], "id": "another label"}
+    same_id = {**rows[4], "id": "row-1", "messages": rows[5]["messages"] + rows[4]["messages"]}
+    bad = [line for _, line in BAD_LINES]
+    return [good[0], "", *bad[:4], *good[1:4], *bad[4:], good[4], json.dumps(again), json.dumps(same_id), good[2]]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, build, bad_lines):
+    folder = tmp_path_factory.mktemp("bad")
+    return folder / "ds", build(folder / "ds", write_lines(folder / "p.jsonl", bad_lines))
+
+
 class TestBadRows:
-    @pytest.fixture(scope="class")
-    def lines(self, rows):
-        """Good rows among the bad, a blank line, an id twice and a row three times."""
-        good = [json.dumps(row) for row in rows[:6]]
-        again = {**rows[2], "id": "another label"}
-        same_id = {**rows[4], "id": "row-1", "messages": rows[5]["messages"] + rows[4]["messages"]}
-        bad = [line for _, line in BAD_LINES]
-        return [good[0], "", *bad[:4], *good[1:4], *bad[4:], good[4], json.dumps(again), json.dumps(same_id), good[2]]
-
-    @pytest.fixture(scope="class")
-    def built(self, tmp_path_factory, build, lines):
-        folder = tmp_path_factory.mktemp("bad")
-        return folder / "ds", build(folder / "ds", write_lines(folder / "p.jsonl", lines))
-
-    def test_are_counted_by_reason(self, built, lines):
+    def test_are_counted_by_reason(self, built, bad_lines):
         folder, result = built
         assert [row.reason for row in result.skipped] == [reason for reason, _ in BAD_LINES]
-        assert (result.num_rows, result.num_scored) == (len(lines) - 1, len(lines) - 1 - len(BAD_LINES))
+        assert (result.num_rows, result.num_scored) == (len(bad_lines) - 1, len(bad_lines) - 1 - len(BAD_LINES))
         counts = Datastore.open(folder).manifest.counts["num_skipped"]
         assert counts == {
             "not JSON": 2, "not an object": 1, "no messages": 3, "unknown role": 1, "empty turn": 1,
             "no assistant turn": 1, "no supervised token": 1,
         }  # fmt: skip
 
-    def test_say_where_they_are(self, built, lines):
+    def test_say_where_they_are(self, built, bad_lines):
         _, result = built
         for row in result.skipped:
             file, line = row.where.split(":")
-            assert (file, lines[int(line) - 1]) in {("p.jsonl", bad) for _, bad in BAD_LINES}
+            assert (file, bad_lines[int(line) - 1]) in {("p.jsonl", bad) for _, bad in BAD_LINES}
             assert row.detail
         assert [row.where for row in result.skipped[:3]] == ["p.jsonl:3", "p.jsonl:4", "p.jsonl:5"]
 

@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 
 from datastore.errors import DataError, RowError, SettingError, UnsupportedError
 from less import training
-from less.checkpoints import EvidenceWarning, find_checkpoints, load_adam_state
+from less.adapters import adapted_model
+from less.checkpoints import EvidenceWarning, find_checkpoints
 from less.data.batching import collate
 from less.data.records import open_source
 from less.data.rendering import RenderConfig, Renderer
 from less.gradients import gradients_ref
-from less.models import ParamLayout, adapted_model, lora_layers
+from less.models import ParamLayout, lora_layers
+from less.moments import load_adam_state
 from less.training import WarmupConfig, WarmupResult, warmup
 
 pytestmark = pytest.mark.filterwarnings("ignore:a warm-up of:less.checkpoints.EvidenceWarning")
@@ -84,7 +86,7 @@ class TestTraining:
         rendered = [renderer.render_record(record) for record in open_source(tiny_rows).take(numbers)]
         (checkpoint,) = find_checkpoints([result.output])
         with adapted_model(tiny_model, checkpoint.path) as model:  # the one step had rate 0: the start
-            m = load_adam_state(checkpoint, model, ParamLayout.of(model)).m
+            m = load_adam_state(checkpoint.path, model, ParamLayout.of(model)).m
             losses_B, grads = gradients_ref(model, collate(rendered, range(20), pad_id=0))
         mean_P = torch.cat([grads[name].mean(0) for name in m])
         clipped_P = mean_P * min(1.0, 1.0 / mean_P.norm().item())

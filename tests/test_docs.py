@@ -1,0 +1,69 @@
+"""The README is true: its code runs, its commands exist, its numbers come from committed files."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from cli.main import gradsift
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, tiny_pool, tiny_target_file) -> Path:
+    """A folder with the files that the README's commands name."""
+    shutil.copy(tiny_pool, tmp_path / "pool.jsonl")
+    shutil.copy(tiny_target_file, tmp_path / "target.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore::less.checkpoints.EvidenceWarning")
+def test_the_three_commands_run_as_they_stand(here, tiny_model_folder):
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("gradsift ")]
+    assert [command.split()[1] for command in commands] == ["warmup", "build-datastore", "select"]
+    for command in commands:
+        words = shlex.split(command.replace(MODEL, str(tiny_model_folder)))[1:]
+        result = CliRunner().invoke(gradsift, words, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    assert len((here / "selected.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.filterwarnings("ignore::less.checkpoints.EvidenceWarning")
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:(datasets|dill|multiprocess|pyarrow|pandas).*")
+def test_the_python_example_runs_as_it_stands(here, tiny_model_folder, capsys):
+    (code,) = blocks("python")
+    exec(compile(code.replace(MODEL, str(tiny_model_folder)), "README.md", "exec"), {})
+    assert "row-" in capsys.readouterr().out
+    assert (here / "selected.jsonl").exists()
+
+
+def test_every_command_is_named_in_the_readme():
+    assert isinstance(gradsift, click.Group)
+    missing = [name for name in gradsift.commands if f"gradsift {name}" not in README and f"make {name}" not in README]
+    assert not missing
+
+
+def test_every_file_that_the_pages_link_to_exists():
+    for page in (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "CHANGELOG.md"):
+        text = page.read_text(encoding="utf-8")
+        links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"`(results/[^`]+)`", text)
+        for link in links:
+            assert "://" in link or (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_changelog_speaks_of_this_version():
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert version
+    assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
