@@ -5,14 +5,22 @@ from typing import Any
 import click
 
 from cli.libraries import hush_libraries
-from cli.options import CommaList, model_options, output_options, rendering_options, running_options, strict_option
+from cli.options import (
+    CommaList,
+    loading_options,
+    model_option,
+    output_options,
+    rendering_options,
+    running_options,
+    strict_option,
+)
 from cli.showing import human_bytes, show_skipped
 
 __all__ = ["build_datastore_command"]
 
 
 @click.command("build-datastore", short_help="Gradient features of every row, at every checkpoint.")
-@model_options
+@model_option
 @click.option(
     "--checkpoints",
     required=True,
@@ -31,18 +39,16 @@ __all__ = ["build_datastore_command"]
 @click.option(
     "--update-rule",
     default=["adam"],
-    show_default="adam",
     multiple=True,
     type=click.Choice(["adam", "adam-less", "adam-no-momentum", "sgd", "sign"]),
-    help="How a gradient becomes an update; repeat it for several feature sets.",
+    help="How a gradient becomes an update; repeat it for several feature sets.  [default: adam]",
 )
 @click.option(
     "--projection",
     default=["sparse"],
-    show_default="sparse",
     multiple=True,
     type=click.Choice(["sparse", "rademacher", "none"]),
-    help="Random projection; may be repeated.",
+    help="Random projection; may be repeated.  [default: sparse]",
 )
 @click.option("--proj-dim", default=8192, show_default=True, metavar="K", help="Dimensions kept.")
 @click.option("--seed", default=0, show_default=True, metavar="S", help="Of the projection.")
@@ -65,6 +71,7 @@ __all__ = ["build_datastore_command"]
 @rendering_options
 @running_options
 @strict_option
+@loading_options
 @output_options
 def build_datastore_command(quiet: bool, debug: bool, **options: Any) -> None:
     """Compute each row's gradient features at every checkpoint and keep them in a folder.

@@ -5,7 +5,9 @@ A wheel from the package index stands in for a model hub, which a fresh machine 
 
 import os
 import shutil
+from contextlib import redirect_stderr
 from importlib.metadata import PackageNotFoundError, distribution
+from io import StringIO
 from pathlib import Path
 
 from datastore.errors import ModelError
@@ -27,8 +29,10 @@ def demo_model() -> Path:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+        gguf = _gguf_file()
         try:
-            _convert(_gguf_file(), unfinished)
+            with redirect_stderr(StringIO()):  # a bar that transformers cannot be told to leave out
+                _convert(gguf, unfinished)
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -9,7 +9,7 @@ __all__ = ["hush_libraries"]
 
 def hush_libraries(quiet: bool) -> None:
     """No bars of transformers for loading and saving; the hub's bars for downloads stay, but for `quiet`."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
     downloads = not (quiet or are_progress_bars_disabled())

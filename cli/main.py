@@ -74,9 +74,7 @@ def _run(args: Sequence[str]) -> int | None:
     from datastore.errors import GradsiftError
 
     try:
-        return gradsift.main(args=args, prog_name="gradsift", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as err:
-        err.show()
+        return gradsift.main(args=args or ["--help"], prog_name="gradsift", standalone_mode=False)
     except click.UsageError as err:
         help_for = err.ctx.command_path if err.ctx else "gradsift"
         _error(f"{err.format_message().removesuffix('.')}; see {help_for} --help")
@@ -90,9 +88,10 @@ def _run(args: Sequence[str]) -> int | None:
             raise
         _error(err)
     except (MemoryError, RuntimeError) as err:
-        if "--debug" in args or "OutOfMemory" not in type(err).__name__ + str(err)[:40].title().replace(" ", ""):
+        what = str(err).split(". ")[0]
+        if "--debug" in args or not (isinstance(err, MemoryError) or "out of memory" in what):
             raise
-        _error(f"out of memory: {err}; lower --tokens-per-batch")
+        _error(f"{what or 'out of memory'}; lower --tokens-per-batch")
     return 2
 
 

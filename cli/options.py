@@ -7,7 +7,8 @@ import click
 
 __all__ = [
     "CommaList",
-    "model_options",
+    "loading_options",
+    "model_option",
     "output_options",
     "rendering_options",
     "running_options",
@@ -44,8 +45,9 @@ def _bundle(*options: Callable[[Command], Command]) -> Callable[[Command], Comma
     return decorate
 
 
-model_options = _bundle(
-    click.option("--model", required=True, metavar="M", help="Base model: a folder or a hub name."),
+model_option = click.option("--model", required=True, metavar="M", help="Base model: a folder or a hub name.")
+
+loading_options = _bundle(
     click.option("--tokenizer", metavar="M", help="Tokenizer, where it is not the model's own."),
     click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run."),
 )
@@ -71,7 +73,7 @@ running_options = _bundle(
         help="Of the base weights; auto is bfloat16 on CUDA, else float32.",
     ),
     click.option(
-        "--tokens-per-batch", type=click.IntRange(min=1), metavar="N",
+        "--tokens-per-batch", type=int, metavar="N",
         help="Padded tokens computed at once; raise it as memory allows.  [default: by device]",
     ),
 )  # fmt: skip

@@ -43,7 +43,7 @@ def quickstart_command(model: str | None, output: str, quiet: bool, debug: bool)
     folder = Path(output)
     pool, targets = SAMPLE / "pool.jsonl", sorted(SAMPLE.glob("target_*.jsonl"))
     skills = Counter(json.loads(line)["skill"] for line in pool.read_text(encoding="utf-8").splitlines())
-    _say(quiet, f"Pool: {sum(skills.values())} rows of {len(skills)} skills:\n  {', '.join(sorted(skills))}.")
+    _say(quiet, f"Pool: {sum(skills.values())} rows, {len(skills)} skills:\n{', '.join(sorted(skills))}")
     _say(quiet, "Model: " + (model or "SmolLM2-135M-Instruct, de-quantised from 4 bits on the first run."))
 
     hush_libraries(quiet)
@@ -51,9 +51,9 @@ def quickstart_command(model: str | None, output: str, quiet: bool, debug: bool)
     from less import build_datastore, select, warmup
 
     model = model or str(demo_model())
-    _say(quiet, "\n1. warmup: a LoRA adapter of rank 8, 50 steps on a quarter of the pool, two checkpoints")
+    _say(quiet, "\n1. warmup: a LoRA adapter of rank 8, two epochs on a quarter of the pool")
     warmup(model=model, data=pool, output=folder / "run", progress=not quiet, **_WARMUP, **_RENDERING)
-    _say(quiet, "\n2. build-datastore: each row's gradient as Adam would step with it, at each checkpoint")
+    _say(quiet, "\n2. build-datastore: each row's gradient, as Adam would step, at both checkpoints")
     built = build_datastore(
         model=model, checkpoints=folder / "run", data=pool, datastore=folder / "store", progress=not quiet,
         **_RENDERING,
@@ -69,9 +69,10 @@ def quickstart_command(model: str | None, output: str, quiet: bool, debug: bool)
     for selection in selections:
         _show(selection, skills)
     click.echo(
-        f"\nDone in {time.monotonic() - start:.0f} seconds; all of it is in {folder}/. The skills were never given to\n"
-        "the engine: it saw text and gradients only. They are easy to tell apart, which\n"
-        "real pools are not. The same on your own data:\n"
+        f"\nDone in {time.monotonic() - start:.0f} seconds; everything is in {folder}/.\n"
+        "No skill was told to the model or the engine: they saw messages only. But these\n"
+        "skills are easy to tell apart, and those of a real pool are not.\n\n"
+        "The same on your own data:\n"
     )
     click.echo(_commands(model))
 

@@ -6,18 +6,19 @@ from typing import Any
 import click
 
 from cli.libraries import hush_libraries
-from cli.options import model_options, output_options, rendering_options, strict_option
+from cli.options import loading_options, model_option, output_options, rendering_options, strict_option
 from cli.showing import console, visible
 
 __all__ = ["render_command"]
 
 
 @click.command("render", short_help="Show each token of a row and whether it carries loss.")
-@model_options
+@model_option
 @click.option("--data", required=True, metavar="FILE", help="Instruction data.")
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(min=1), metavar="N", help="Rows to show.")
 @rendering_options
 @strict_option
+@loading_options
 @output_options
 def render_command(
     model: str,
@@ -55,7 +56,7 @@ def render_command(
         except RowProblem as problem:
             if strict:
                 raise RowError(f"{record.where}: {problem}; mend it, or leave out --strict") from None
-            out.print(Text(f"{record.where}  skipped: {visible(str(problem))}\n", style="red"))
+            out.print(Text(f"{record.where}  skipped: {visible(str(problem))}\n", style="red"), soft_wrap=True)
             continue
         cut = ", truncated" if rendered.truncated else ""
         counts = f"{rendered.num_tokens} tokens, {rendered.num_supervised} carry loss{cut}"

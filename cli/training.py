@@ -5,14 +5,14 @@ from typing import Any
 import click
 
 from cli.libraries import hush_libraries
-from cli.options import model_options, output_options, rendering_options, running_options, strict_option
+from cli.options import loading_options, model_option, output_options, rendering_options, running_options, strict_option
 from cli.showing import show_skipped
 
 __all__ = ["warmup_command"]
 
 
 @click.command("warmup", short_help="Train a LoRA adapter on a fraction of the pool.")
-@model_options
+@model_option
 @click.option(
     "--data", required=True, metavar="POOL", help="Instruction pool: .jsonl, .parquet, a folder or a hub name."
 )
@@ -42,6 +42,7 @@ __all__ = ["warmup_command"]
 @rendering_options
 @running_options
 @strict_option
+@loading_options
 @output_options
 def warmup_command(quiet: bool, debug: bool, **options: Any) -> None:
     """Train a LoRA adapter on a random fraction of the pool, as LESS does before it looks at gradients.

@@ -88,9 +88,7 @@ class Build:
         for checkpoint in self.checkpoints:
             for source, start, stop in self.row_ranges():
                 for name in self.feature_sets:
-                    yield ShardKey(
-                        feature_set=name, checkpoint=checkpoint, source=source, start=start, stop=stop
-                    )
+                    yield ShardKey(feature_set=name, checkpoint=checkpoint, source=source, start=start, stop=stop)
 
     def direction_keys(self) -> Iterator[tuple[str, str]]:
         """(feature set, checkpoint) of every momentum direction."""
@@ -150,9 +148,7 @@ class Build:
         return build
 
     def _fixed(self) -> dict[str, Any]:
-        return {
-            name: getattr(self, name) for name in ("feature_sets", "checkpoints", "shard_rows", "settings")
-        }
+        return {name: getattr(self, name) for name in ("feature_sets", "checkpoints", "shard_rows", "settings")}
 
 
 def json_hash(value: object) -> str:
@@ -185,9 +181,7 @@ def _differences(ours: Any, theirs: Any, path: str = "") -> Iterator[tuple[str, 
     """(dotted path, our value, their value) of every leaf that two JSON values have otherwise."""
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours and theirs:
         for name in sorted(ours.keys() | theirs.keys()):
-            yield from _differences(
-                ours.get(name, _ABSENT), theirs.get(name, _ABSENT), f"{path}.{name}".lstrip(".")
-            )
+            yield from _differences(ours.get(name, _ABSENT), theirs.get(name, _ABSENT), f"{path}.{name}".lstrip("."))
     elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         for number, pair in enumerate(zip(ours, theirs, strict=True)):
             yield from _differences(*pair, f"{path}[{number}]")

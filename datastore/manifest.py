@@ -137,9 +137,7 @@ class Manifest(Build):
         for rows in self.ranges:
             numbers = [row.row for row in rows.skipped]
             if numbers != sorted(set(numbers)) or any(not rows.start <= n < rows.stop for n in numbers):
-                raise ValueError(
-                    f"its skipped rows {numbers} are not in {rows.start} to {rows.stop} in order"
-                )
+                raise ValueError(f"its skipped rows {numbers} are not in {rows.start} to {rows.stop} in order")
         for what, names, needed in (
             ("features", {*self.features}, {*self.feature_sets}),
             ("shards", {*self.shards}, {key.path for key in self.shard_keys()}),

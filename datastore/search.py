@@ -105,9 +105,7 @@ def _check(store: Datastore, feature_set: str, queries_MK: npt.NDArray[np.float3
         raise SettingError(f"k must be positive, got {k}")
     K = store.proj_dim(feature_set)
     if queries_MK.dtype != np.float32 or queries_MK.shape != (len(queries_MK), K):
-        raise SettingError(
-            f"queries must be float32 of shape (M, {K}), got {queries_MK.dtype} of {queries_MK.shape}"
-        )
+        raise SettingError(f"queries must be float32 of shape (M, {K}), got {queries_MK.dtype} of {queries_MK.shape}")
     if not np.isfinite(queries_MK).all():
         raise SettingError("queries must be finite")
 

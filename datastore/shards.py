@@ -124,17 +124,14 @@ _LAYOUT = {  # tensors in the order of the file: each starts at a multiple of it
 def write_shard(folder: Path, key: ShardKey, settings_hash: str, shard: Shard) -> FileEntry:
     """Write a shard whole or not at all; `ValueError` for one that does not fit its key."""
     tensors = {
-        name: getattr(shard, name).astype("|u1") if name == "truncated_N" else getattr(shard, name)
-        for name in _LAYOUT
+        name: getattr(shard, name).astype("|u1") if name == "truncated_N" else getattr(shard, name) for name in _LAYOUT
     }
     problem = _misfit(key, tensors, shard.ids, shard.skipped)
     if not problem and not all(np.isfinite(tensor).all() for tensor in tensors.values()):
         problem = "it has values that are not finite"
     if problem:
         raise ValueError(f"shard {key.path}: {problem}")
-    metadata = _Metadata(
-        key=key, settings_hash=settings_hash, ids=shard.ids, skipped=shard.skipped, notes=shard.notes
-    )
+    metadata = _Metadata(key=key, settings_hash=settings_hash, ids=shard.ids, skipped=shard.skipped, notes=shard.notes)
     return write_tensors(folder / key.path, asdict(metadata), tensors)
 
 
@@ -148,9 +145,7 @@ def open_shard(folder: Path, key: ShardKey, settings_hash: str, sha256: str | No
     try:
         metadata: _Metadata = from_json(_Metadata, found)
         if metadata.settings_hash != settings_hash:
-            raise ValueError(
-                f"it was made with other settings ({metadata.settings_hash}, not {settings_hash})"
-            )
+            raise ValueError(f"it was made with other settings ({metadata.settings_hash}, not {settings_hash})")
         if metadata.key != key:
             raise ValueError(f"it holds {metadata.key}, expected {key}")
         if problem := _misfit(key, tensors, metadata.ids, metadata.skipped):

@@ -129,13 +129,23 @@ class DatastoreWriter:
             self._lock = -1
 
     def add_source(self, source: SourceEntry) -> int:
-        """The source's number: its old one if its content is known. `ProvenanceError` if its file changed."""
-        build, number = self.build.with_source(source)
+        """`add_sources` of one."""
+        return self.add_sources([source])[0]
+
+    def add_sources(self, sources: Sequence[SourceEntry]) -> list[int]:
+        """Each source's number: its old one if its content is known. All are added, or none.
+
+        Raises `ProvenanceError` if a known file has changed since.
+        """
+        build, numbers = self.build, []
+        for source in sources:
+            build, number = build.with_source(source)
+            numbers.append(number)
         if build is not self.build:
             build.check()
             build.write(self.path)
             self.build = build
-        return number
+        return numbers
 
     @property
     def is_sealed(self) -> bool:
@@ -162,9 +172,7 @@ class DatastoreWriter:
         self._record_environment()
         self._written[key.path] = write_shard(self.path, key, self._settings_hash, shard)
 
-    def write_direction(
-        self, feature_set: str, checkpoint: str, direction_K: npt.NDArray[np.float32]
-    ) -> None:
+    def write_direction(self, feature_set: str, checkpoint: str, direction_K: npt.NDArray[np.float32]) -> None:
         """Write Π Γ(0) of a checkpoint, (K,); zeros for an update rule without momentum."""
         self._record_environment()
         self._written[direction_path(feature_set, checkpoint)] = write_direction(

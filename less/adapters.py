@@ -39,7 +39,8 @@ def lora_model(base: PreTrainedModel, config: LoraConfig) -> Iterator[PeftModel]
     use_cache, training = getattr(base.config, "use_cache", None), base.training
     try:
         try:
-            model = get_peft_model(base, config)
+            with torch.random.fork_rng(range(torch.cuda.device_count())):  # fresh weights draw from it
+                model = get_peft_model(base, config)
         except ValueError as err:
             raise UnsupportedError(f"target_modules do not fit this model: {first_line(err)}") from err
         _refuse_unsupported_layers(model)

@@ -157,7 +157,7 @@ def load_base_model(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The base model, on `device`, in evaluation mode.
+    """The base model, on `device`.
 
     Args:
         model: a folder, a hub name, or a loaded model. A loaded model is used as it is: `dtype` and
@@ -182,7 +182,7 @@ def load_base_model(
         ):
             if asked != "auto" and asked != found and asked != found.split(":")[0]:
                 raise SettingError(f"{word} is {asked} but the model given is on {found}; leave it at auto")
-        return model.eval()
+        return model
     where = resolve_device(device)
     if not isinstance(model, str | Path):
         raise ModelError(f"model must be a name, a folder or a transformers model, got {type(model).__name__}")
@@ -192,7 +192,7 @@ def load_base_model(
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as err:
         raise ModelError(f"no causal language model can be loaded from {str(model)!r}: {first_line(err)}") from err
-    return loaded.to(where).eval()
+    return loaded.to(where)
 
 
 def context_length(config: PretrainedConfig) -> int | None:

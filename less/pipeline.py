@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore, DatastoreWriter, ShardKey, SkippedRow, SourceEntry, check_free_space
-from datastore.errors import DataError, SettingError, StoreError
+from datastore.errors import DataError, ModelError, SettingError, StoreError
 from less.adam import NEEDS_MOMENTS, UPDATE_RULES
 from less.adapters import adapted_model, load_adapter_weights
 from less.checkpoints import Checkpoint, find_checkpoints
@@ -30,7 +30,7 @@ from less.models import ParamLayout, context_length, load_base_model, load_token
 from less.moments import AdamState, load_adam_state
 from less.progress import Progress
 from less.projection import ProjectionConfig, make_projector
-from less.provenance import location_of, record_environment, record_settings
+from less.provenance import constants_of, location_of, record_environment, record_settings
 from less.row_ranges import compute_shards
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BuildConfig", "BuildResult", "build_datastore"]
 
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 """Default budget by device type: large enough to fill it, small enough for its memory at 7B."""
 
 
@@ -173,10 +173,11 @@ def build_datastore(
     sources = open_sources(data)
     found = find_checkpoints(as_paths(checkpoints), config.checkpoint_weights)
     base = load_base_model(model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
-    words = load_tokenizer(
-        location_of(model) if tokenizer is None else tokenizer, trust_remote_code=config.trust_remote_code
-    )
-    renderer = Renderer(words, config.rendering, context_length=context_length(base.config))
+    named = location_of(model) if tokenizer is None else tokenizer
+    if not named:
+        raise ModelError("the model has no name to load its tokenizer by; give the tokenizer too")
+    loaded_tokenizer = load_tokenizer(named, trust_remote_code=config.trust_remote_code)
+    renderer = Renderer(loaded_tokenizer, config.rendering, context_length=context_length(base.config))
     with adapted_model(base, found[0].path) as adapted:
         builder = _Builder(config, adapted, found, renderer, progress)
         with DatastoreWriter.open(
@@ -193,10 +194,14 @@ def build_datastore(
             checkpoints=[checkpoint.name for checkpoint in found],
             shard_rows=config.shard_rows,
         ) as writer:
-            by_number = {writer.add_source(_entry(source)): source for source in sources}
-            num_computed = builder.write_missing(writer, by_number)
+            _refuse_absent_sources(writer, sources)
+            numbers = writer.add_sources([_entry(source) for source in sources])
+            num_computed = builder.write_missing(writer, dict(zip(numbers, sources, strict=True)))
             writer.seal()
     store = Datastore.open(datastore)
+    if store.num_rows == 0:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in store.manifest.counts["num_skipped"].items())
+        raise DataError(f"no row of the data can be used ({reasons}); the first: {store.skipped[0].where}")
     rows = store.rows(verify=False)
     return BuildResult(
         datastore=Path(datastore),
@@ -238,7 +243,7 @@ class _Builder:
             base=self.model.get_base_model(),
             layout=self.layout,
             renderer=self.renderer,
-            states={checkpoint: self._moments(checkpoint) for checkpoint in self.checkpoints.values()},
+            adam={checkpoint: constants_of(self._moments(checkpoint)) for checkpoint in self.checkpoints.values()},
             feature_sets={fs: (self.projectors[fs], self._dtype(fs)) for fs in self.config.feature_sets},
             tokens_per_batch=self.tokens_per_batch,
         )
@@ -246,11 +251,6 @@ class _Builder:
     def write_missing(self, writer: DatastoreWriter, sources: dict[int, Source]) -> int:
         """Compute and write what the store lacks; returns rows times checkpoints computed."""
         missing = writer.missing_shards()
-        if absent := {key.source for key in missing} - sources.keys():
-            name = writer.build.sources[min(absent)].name
-            raise StoreError(
-                f"{writer.path} still lacks rows of {name}, which is not among the data given; add it with --data"
-            )
         widths = {fs.name: projector.dim for fs, projector in self.projectors.items()}
         row_bytes = {fs.name: widths[fs.name] * np.dtype(self._dtype(fs)).itemsize for fs in self.projectors}
         check_free_space(writer.path, sum((k.stop - k.start) * row_bytes[k.feature_set] for k in missing))
@@ -323,7 +323,7 @@ def open_sources(data: Any) -> list[Source]:
     Raises:
         DataError: there is nothing in them, or the same content is given twice.
     """
-    is_several = isinstance(data, list | tuple) and not (data and all(isinstance(row, dict) for row in data))
+    is_several = isinstance(data, list | tuple) and not any(isinstance(row, dict) for row in data)
     sources = [open_source(part) for part in (data if is_several else [data])]
     if not sources:
         raise DataError("no data was given; expected a file, a hub name, a datasets.Dataset or a list of dicts")
@@ -337,6 +337,16 @@ def open_sources(data: Any) -> list[Source]:
 def as_paths(checkpoints: "str | Path | Sequence[str | Path]") -> list[Path]:
     """One folder or several as a list of paths."""
     return [Path(p) for p in ([checkpoints] if isinstance(checkpoints, str | Path) else checkpoints)]
+
+
+def _refuse_absent_sources(writer: DatastoreWriter, sources: Sequence[Source]) -> None:
+    """An interrupted build has to be completed with the data that it was given, before anything is written."""
+    known, given = writer.build.sources, {source.sha256 for source in sources}
+    if absent := [known[key.source] for key in writer.missing_shards() if known[key.source].sha256 not in given]:
+        raise StoreError(
+            f"{writer.path} still lacks rows of {absent[0].name}, which is not among the data given; add "
+            f"{absent[0].location or 'it'} with --data"
+        )
 
 
 def _entry(source: Source) -> SourceEntry:

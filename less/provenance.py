@@ -27,6 +27,7 @@ __all__ = [
     "check_checkpoints",
     "check_model",
     "check_template",
+    "constants_of",
     "location_of",
     "record_environment",
     "record_settings",
@@ -39,7 +40,7 @@ def record_settings(
     base: PreTrainedModel,
     layout: ParamLayout,
     renderer: Renderer,
-    states: Mapping[Checkpoint, AdamState | None],
+    adam: Mapping[Checkpoint, dict[str, Any] | None],
     feature_sets: Mapping[FeatureSetConfig, tuple[Projector, str]],
     tokens_per_batch: int,
 ) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def record_settings(
 
     Args:
         base, layout, renderer: the model, the order of its LoRA parameters, and how rows become tokens.
-        states: the Adam state of each checkpoint, None where no update rule needs it.
+        adam: Adam's constants at each checkpoint, None where no update rule needs them.
         feature_sets: the projector and the stored dtype of each.
         tokens_per_batch: it decides which rows share a batch, and so the last bits of a feature.
     """
@@ -64,10 +65,10 @@ def record_settings(
                 "step": checkpoint.step,
                 "weight": checkpoint.weight,
                 "adapter_sha256": checkpoint.adapter_sha256,
-                "optimizer_sha256": checkpoint.optimizer_sha256 if state else None,
-                "adam": state and {name: getattr(state, name) for name in ("step", "beta1", "beta2", "eps")},
+                "optimizer_sha256": checkpoint.optimizer_sha256 if constants else None,
+                "adam": constants,
             }
-            for checkpoint, state in states.items()
+            for checkpoint, constants in adam.items()
         },
         "feature_sets": {
             fs.name: {"update_rule": fs.update_rule, "projection": projector.provenance(), "dtype": dtype}
@@ -75,6 +76,11 @@ def record_settings(
         },
         "tokens_per_batch": tokens_per_batch,
     }
+
+
+def constants_of(state: AdamState | None) -> dict[str, Any] | None:
+    """β, ε and t of an Adam state: all of it but the moments."""
+    return None if state is None else {name: getattr(state, name) for name in ("step", "beta1", "beta2", "eps")}
 
 
 def record_environment(
@@ -124,13 +130,14 @@ def check_model(store: Datastore, model: PreTrainedModel) -> None:
 
 
 def check_template(store: Datastore, renderer: Renderer) -> None:
-    """Raise `ProvenanceError` unless targets are rendered with the pool's chat template."""
-    found, expected = (p["template_sha256"] for p in (renderer.provenance(), store.settings["rendering"]))
-    if found != expected:
-        raise ProvenanceError(
-            f"the chat template is not the one that {store.path} was built with: sha256 {found[:12]}, expected "
-            f"{expected[:12]}. Restore it, or give the right --tokenizer"
-        )
+    """Raise `ProvenanceError` unless targets are rendered with the pool's tokenizer and chat template."""
+    found, expected = renderer.provenance(), store.settings["rendering"]
+    for key, what in (("template_sha256", "chat template"), ("vocabulary_sha256", "tokenizer's vocabulary")):
+        if found[key] != expected[key]:
+            raise ProvenanceError(
+                f"the {what} is not the one that {store.path} was built with: sha256 {found[key][:12]}, expected "
+                f"{expected[key][:12]}. Restore it, or give the right --tokenizer"
+            )
 
 
 def check_checkpoints(store: Datastore, found: Sequence[Checkpoint]) -> None:

@@ -80,10 +80,7 @@ class Selection:
         """
         import datasets
 
-        rows = [
-            {**(record.columns or {}), **added}
-            for record, added in zip(self.records, self.columns, strict=True)
-        ]
+        rows = [{**(record.columns or {}), **added} for record, added in zip(self.records, self.columns, strict=True)]
         names = dict.fromkeys(name for row in rows for name in row)
         try:  # `from_list` would take the columns of the first row for those of all
             return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})

@@ -178,10 +178,10 @@ def warmup(
     run = Path(output)
     source = open_source(data)
     base = load_base_model(model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
-    words = load_tokenizer(
+    loaded_tokenizer = load_tokenizer(
         location_of(model) if tokenizer is None else tokenizer, trust_remote_code=config.trust_remote_code
     )
-    renderer = Renderer(words, config.rendering, context_length=context_length(base.config))
+    renderer = Renderer(loaded_tokenizer, config.rendering, context_length=context_length(base.config))
     recorded = _recorded_settings(config, source, base, renderer)
     record = _open_record(run, recorded)
     num_computed = 0

@@ -79,7 +79,7 @@ def _opened(data: Any) -> Source:
             if _looks_like_a_path(data):
                 raise DataError(f"there is no file or folder {data}")
             return _open_hub(str(data))
-        except (OSError, *_arrow_errors()) as error:
+        except _unreadable() as error:
             raise DataError(f"cannot read {data}: {error}") from error
         except ModuleNotFoundError as error:
             raise DataError(
@@ -95,10 +95,10 @@ def _opened(data: Any) -> Source:
     )
 
 
-def _arrow_errors() -> tuple[type[Exception], ...]:
-    """What Arrow raises: only Parquet and `datasets` need it, so it may not be there."""
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What reading raises. Only Parquet and `datasets` need Arrow, so it may not be there."""
     arrow = sys.modules.get("pyarrow")
-    return (arrow.ArrowException,) if arrow else ()
+    return (OSError, arrow.ArrowException) if arrow else (OSError,)
 
 
 def _looks_like_a_path(data: str | os.PathLike[str]) -> bool:

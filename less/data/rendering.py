@@ -17,6 +17,8 @@ Else the row is skipped: "span not found". Neither the pad id (often pad = eos) 
 ever decides. Rendering is left to `templates`, reading a row to `conversations`, padding to `batching`.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -102,8 +104,10 @@ class Renderer:
         self._learn_system_prompt()
 
     def provenance(self) -> dict[str, Any]:
-        """What decides the tokens, beside the tokenizer. JSON-able; no date if no template asks for it."""
+        """What decides the tokens. JSON-able; no date if no template asks for it."""
+        vocabulary = json.dumps(sorted(self._tokenizer.get_vocab().items()))
         return {
+            "vocabulary_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
             "template_sha256": self._template.sha256,
             "max_length": self.max_length,
             "system_prompt": self._system_prompt,

@@ -1,6 +1,13 @@
 """Each command from end to end on the tiny model: what is made, and what is said about it."""
 
+import fcntl
 import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
 
@@ -153,8 +160,7 @@ def test_render_shows_which_tokens_carry_loss(gradsift, tiny_model_folder, mixed
     assert done.code == 0, done
     answer = tiny_rows[0]["messages"][1]["content"]
     brackets = "".join(f"[{letter}]" for letter in answer)
-    assert f"<||||a|s|s|i|s|t|a|n|t|||>|{brackets}[</s>]⏎" in done.out
-    assert f"mixed.jsonl:1  row-0: {len('<|user|>mix ') + 1}" not in done.out
+    assert f"a|s|s|i|s|t|a|n|t|||>|{brackets}[</s>]⏎" in done.out
     assert f"{len(answer) + 1} carry loss" in done.out
     assert "mixed.jsonl:4  skipped: not JSON" in done.out
     assert (
@@ -203,3 +209,27 @@ def test_quickstart_with_another_model(gradsift, tiny_model_folder, tmp_path):
     again = gradsift("quickstart", "--model", tiny_model_folder, "--output", tmp_path / "q")
     assert "warm-up:" not in again.err
     assert "gradients:" not in again.err
+
+
+def test_a_terminal_gets_bars_and_tables_that_fit_it(tiny_model_folder, tiny_run, tiny_pool, tmp_path):
+    """In a process of its own, at 80 columns: no line of a library, nothing wider than the terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 80, 0, 0))
+    command = [str(part) for part in build(tiny_model_folder, tiny_run, tiny_pool, tmp_path / "ds")]
+    with subprocess.Popen(
+        [sys.executable, "-c", "from cli.main import main; main()", *command],
+        stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"COLUMNS": "80", "TERM": "xterm"},
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                break
+    os.close(ours)
+    lines = shown.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    assert process.returncode == 0, lines
+    assert any(line.startswith("gradients: 100%|") and "tokens/s" in line for line in lines), lines
+    assert max(len(line) for line in lines if line.startswith("gradients: ")) <= 80
+    assert all(line.startswith(("gradients: ", "note: ")) or "40 rows scored" in line for line in lines if line.strip())

@@ -89,9 +89,7 @@ def test_help_is_quick_fits_the_terminal_and_loads_nothing_heavy(name):
 
 def test_version_and_no_arguments(gradsift):
     assert gradsift("--version").out.startswith("gradsift")
-    bare = gradsift()
-    assert bare.code == 2
-    assert "Commands:" in bare.out + bare.err
+    assert "Commands:" in gradsift().out
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,7 @@ def test_equal_scores_go_to_the_earlier_row(tmp_path_factory, values, shard_rows
 
 def test_a_store_without_a_scored_row_has_no_nearest(tmp_path):
     skip = {("checkpoint-2", 0): dict.fromkeys(range(7), "zero norm")}
-    scores_Mk, positions_Mk = nearest_rows(
-        Datastore.open(build_store(tmp_path, skip=skip)), *AT, queries(2), 3
-    )
+    scores_Mk, positions_Mk = nearest_rows(Datastore.open(build_store(tmp_path, skip=skip)), *AT, queries(2), 3)
     assert scores_Mk.shape == positions_Mk.shape == (2, 0)
 
 
@@ -120,9 +118,7 @@ def test_two_distributions_of_faiss_are_refused(monkeypatch):
         search.import_faiss()
 
 
-@pytest.mark.parametrize(
-    ("module", "problem"), [(ModuleType("faiss"), "in part"), (None, "cannot be imported")]
-)
+@pytest.mark.parametrize(("module", "problem"), [(ModuleType("faiss"), "in part"), (None, "cannot be imported")])
 def test_what_is_left_of_an_uninstalled_faiss_is_refused(monkeypatch, module, problem):
     monkeypatch.setitem(sys.modules, "faiss", module)
     with pytest.raises(GradsiftError, match=rf"{problem}.*pip install faiss-cpu` or `faiss-gpu`"):

@@ -215,9 +215,7 @@ def test_a_file_of_safetensors_that_is_no_shard_is_refused(written):
 def test_a_direction_comes_back_and_is_bound_to_its_place(tmp_path):
     direction_K = np.arange(K, dtype=np.float32)
     entry = write_direction(tmp_path, "adam", "checkpoint-2", HASH, direction_K)
-    np.testing.assert_array_equal(
-        open_direction(tmp_path, "adam", "checkpoint-2", HASH, entry.sha256), direction_K
-    )
+    np.testing.assert_array_equal(open_direction(tmp_path, "adam", "checkpoint-2", HASH, entry.sha256), direction_K)
     (tmp_path / "directions/adam/checkpoint-2.safetensors").rename(
         tmp_path / "directions/adam/checkpoint-3.safetensors"
     )

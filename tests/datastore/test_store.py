@@ -61,9 +61,7 @@ def test_a_row_that_is_bad_at_any_checkpoint_is_nowhere(folder):
 @given(
     num_rows=st.lists(st.integers(1, 9), min_size=1, max_size=2),
     shard_rows=st.integers(1, 10),
-    bad=st.sets(
-        st.tuples(st.sampled_from(["checkpoint-2", "checkpoint-10"]), st.integers(0, 1), st.integers(0, 8))
-    ),
+    bad=st.sets(st.tuples(st.sampled_from(["checkpoint-2", "checkpoint-10"]), st.integers(0, 1), st.integers(0, 8))),
 )
 def test_blocks_are_the_scored_rows_in_pool_order(tmp_path_factory, num_rows, shard_rows, bad):
     skip = {}
@@ -96,9 +94,7 @@ def test_blocks_are_the_scored_rows_in_pool_order(tmp_path_factory, num_rows, sh
 
 def test_nothing_is_copied_where_no_row_is_dropped(tmp_path):
     opened = Datastore.open(build_store(tmp_path))
-    assert all(
-        isinstance(block.features_nK, np.memmap) for block in opened.iter_blocks("adam", "checkpoint-2")
-    )
+    assert all(isinstance(block.features_nK, np.memmap) for block in opened.iter_blocks("adam", "checkpoint-2"))
 
 
 def test_what_a_store_is_can_be_asked(folder):
@@ -115,9 +111,7 @@ def test_what_a_store_is_can_be_asked(folder):
         lambda: opened.stats("rademacher", "checkpoint-2"),
         lambda: list(opened.iter_blocks("adam", "checkpoint-3")),
     ):
-        with pytest.raises(
-            SettingError, match=r"has no (feature set 'rademacher'|checkpoint 'checkpoint-3'); it has"
-        ):
+        with pytest.raises(SettingError, match=r"has no (feature set 'rademacher'|checkpoint 'checkpoint-3'); it has"):
             call()
 
 
@@ -237,9 +231,7 @@ def rename_shard(name):
 
 def test_an_edited_manifest_is_refused(folder):
     forge(folder, lambda doc: doc["counts"].update(num_scored=6), seal=False)
-    with pytest.raises(
-        DamagedStoreError, match=r"manifest.json is damaged: its checksum .* Delete this file"
-    ):
+    with pytest.raises(DamagedStoreError, match=r"manifest.json is damaged: its checksum .* Delete this file"):
         Datastore.open(folder)
 
 

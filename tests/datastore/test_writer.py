@@ -136,9 +136,7 @@ def test_a_finished_store_is_left_as_it_is(tmp_path):
 def test_a_store_that_lacks_a_shard_or_a_direction_is_not_sealed(tmp_path):
     with open_writer(tmp_path) as writer:
         writer.add_source(source())
-        with pytest.raises(
-            StoreError, match=r"lacks 16 files, the first shards/adam/checkpoint-2/s0000-0{10}-"
-        ):
+        with pytest.raises(StoreError, match=r"lacks 16 files, the first shards/adam/checkpoint-2/s0000-0{10}-"):
             writer.seal()
         for key in writer.missing_shards():
             writer.write_shard(key, make_shard(key))

@@ -14,9 +14,7 @@ K = 5
 
 def source(name: str = "pool", num_rows: int = 7, content: str | None = None) -> SourceEntry:
     sha256 = (content or name).encode().hex().ljust(64, "0")
-    return SourceEntry(
-        name=name, kind="jsonl", location=f"/data/{name}.jsonl", sha256=sha256, num_rows=num_rows
-    )
+    return SourceEntry(name=name, kind="jsonl", location=f"/data/{name}.jsonl", sha256=sha256, num_rows=num_rows)
 
 
 def skipped_row(row: int, reason: str = "not finite") -> SkippedRow:

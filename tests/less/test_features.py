@@ -54,9 +54,7 @@ class Setting:
 
     def features(self, feature_sets, rows=None, padding_side="right"):
         rows = range(len(self.rendered)) if rows is None else rows
-        return gradient_features(
-            self.model, collate(self.rendered, rows, padding_side=padding_side), feature_sets
-        )
+        return gradient_features(self.model, collate(self.rendered, rows, padding_side=padding_side), feature_sets)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +131,9 @@ def test_adam_and_adam_without_momentum_differ_by_the_momentum_over_the_rows_own
     grads_NP = torch.cat([setting.grads[name] for name in setting.layout.names], dim=1).double()
     difference_NP = found.features_BK[adam.name] - found.features_BK[own.name]
     state = setting.state
-    m_P, v_P = (torch.cat([moments[n].flatten() for n in setting.layout.names]).double() for moments in (state.m, state.v))
+    m_P, v_P = (
+        torch.cat([moments[n].flatten() for n in setting.layout.names]).double() for moments in (state.m, state.v)
+    )
     v_NP = (state.beta2 * v_P + (1 - state.beta2) * grads_NP**2) / (1 - state.beta2 ** (state.step + 1))
     expected_NP = state.beta1 * m_P / (1 - state.beta1 ** (state.step + 1)) / (v_NP.sqrt() + state.eps)
     assert worst_row_error(difference_NP, expected_NP) < 1e-4

@@ -147,17 +147,13 @@ def test_targets_that_cancel_score_zero_against_their_mean():
 
 
 def test_scores_are_linear_in_the_weights(stores, psis):
-    alone = {
-        name: influence_scores(stores["float32"], "adam", queries(psis), {name: 1.0}) for name in WEIGHTS
-    }
+    alone = {name: influence_scores(stores["float32"], "adam", queries(psis), {name: 1.0}) for name in WEIGHTS}
     together_NJ = influence_scores(stores["float32"], "adam", queries(psis), WEIGHTS)
     assert np.allclose(together_NJ, sum(WEIGHTS[name] * s_NJ for name, s_NJ in alone.items()), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_row_bad_at_any_checkpoint_is_left_out_and_the_others_keep_their_scores(
-    tmp_path, stores, phis, psis, dtype
-):
+def test_a_row_bad_at_any_checkpoint_is_left_out_and_the_others_keep_their_scores(tmp_path, stores, phis, psis, dtype):
     skip = {"checkpoint-5": [0, 7], "checkpoint-11": [7, 12, 13, 14, 15, 16, 17, 22]}  # 13 to 17: a whole shard
     store = write_store(tmp_path / "ds", phis, dtype, skip)
     kept = [row for row in range(NUM_ROWS) if row not in {0, 7, 12, 13, 14, 15, 16, 17, 22}]

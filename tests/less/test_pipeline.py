@@ -453,9 +453,7 @@ class TestRowsWithoutADirection:
         with torch.no_grad():  # what the dead row is made of embeds to nothing, so no layer sees anything of it
             embedding[frame] = 0
         dead = {"id": "dead", "messages": [{"role": "user", "content": "z"}, {"role": "assistant", "content": "z"}]}
-        result = build(
-            tmp_path / "ds", [rows[0], dead, rows[1]], model=tiny_model, update_rule=["adam", "sgd"]
-        )
+        result = build(tmp_path / "ds", [rows[0], dead, rows[1]], model=tiny_model, update_rule=["adam", "sgd"])
         assert [(row.id, row.reason) for row in result.skipped] == [("dead", "zero norm")]
         store = Datastore.open(tmp_path / "ds")
         for name in store.feature_sets:
@@ -627,8 +625,6 @@ def test_settings_out_of_range_are_refused_with_the_value(settings, message):
 def test_a_base_in_another_precision_gives_nearly_the_same_features(build, pool, reference, tmp_path):
     build(tmp_path / "ds", pool, dtype="bfloat16")
     found, expected = features(tmp_path / "ds"), features(reference)
-    cosines = [
-        found[key] @ phi / np.linalg.norm(found[key]) / np.linalg.norm(phi) for key, phi in expected.items()
-    ]
+    cosines = [found[key] @ phi / np.linalg.norm(found[key]) / np.linalg.norm(phi) for key, phi in expected.items()]
     assert min(cosines) > 0.97
     assert load_base_model(Datastore.open(reference).environment["model"]).dtype == torch.float32

@@ -64,8 +64,9 @@ class TestScoresDoNotDependOn:
     def test_how_the_targets_are_given(self, scores, expected, tiny_targets, tiny_target_file):
         import datasets
 
-        for targets in (tuple(tiny_targets), tiny_target_file, str(tiny_target_file), [tiny_target_file],
-                        {"x": tiny_targets}, {"x": tiny_target_file}, datasets.Dataset.from_list(tiny_targets)):  # fmt: skip
+        ways = [tuple(tiny_targets), tiny_target_file, str(tiny_target_file), [tiny_target_file]]
+        ways += [{"x": tiny_targets}, {"x": tiny_target_file}, datasets.Dataset.from_list(tiny_targets)]
+        for targets in ways:
             found = scores(targets=targets)
             assert found.subtasks == expected.subtasks == ("a", "b")
             assert np.allclose(found.scores_NJ, expected.scores_NJ, atol=1e-7)
@@ -88,9 +89,7 @@ class TestScoresDoNotDependOn:
         assert np.array_equal(loaded.scores_NJ, expected.scores_NJ)
         assert np.array_equal(named.scores_NJ, expected.scores_NJ)
 
-    def test_where_model_and_checkpoints_lie(
-        self, scores, expected, tiny_model_folder, tiny_run, tmp_path
-    ):
+    def test_where_model_and_checkpoints_lie(self, scores, expected, tiny_model_folder, tiny_run, tmp_path):
         model = shutil.copytree(tiny_model_folder, tmp_path / "model")
         run = shutil.copytree(tiny_run, tmp_path / "run")
         assert np.array_equal(scores(model=model, checkpoints=run).scores_NJ, expected.scores_NJ)
@@ -119,7 +118,7 @@ class TestAnotherModel:
     def test_is_refused_by_fingerprint(self, scores, tiny_model):
         with torch.no_grad():
             tiny_model.model.layers[1].self_attn.q_proj.weight.add_(0.1)
-        with pytest.raises(ProvenanceError, match="is not the model that .*fingerprint .*, expected .*--model"):
+        with pytest.raises(ProvenanceError, match=r"is not the model that .*fingerprint .*, expected .*--model"):
             scores(model=tiny_model)
 
     def test_is_refused_where_there_is_none(self, scores, tmp_path):
@@ -160,7 +159,7 @@ class TestTheTemplate:
     def test_that_differs_is_refused(self, scores, tiny_model_folder):
         tokenizer = load_tokenizer(tiny_model_folder)
         tokenizer.chat_template = tokenizer.chat_template.replace("<|", "[|")
-        with pytest.raises(ProvenanceError, match="the chat template is not the one that .* sha256"):
+        with pytest.raises(ProvenanceError, match=r"the chat template is not the one that .* sha256"):
             scores(tokenizer=tokenizer)
 
     def test_of_the_build_is_used_for_the_targets(self, tmp_path, tiny_model_folder, tiny_run, tiny_rows, tiny_targets):
@@ -203,7 +202,7 @@ class TestCheckpointWeights:
 
     @pytest.mark.parametrize("weights", [[1], [1, 1, 1], [-1, 2], [0, 0], [float("nan"), 1], []])
     def test_out_of_range_are_refused(self, scores, weights):
-        with pytest.raises(SettingError, match="checkpoint.weights"):
+        with pytest.raises(SettingError, match=r"checkpoint.weights"):
             scores(checkpoint_weights=weights)
 
 
@@ -345,7 +344,12 @@ class TestTheStore:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*")
             build_datastore(
-                model=tiny_model, tokenizer=tiny_tokenizer, checkpoints=tiny_run, data=tiny_rows[:4], proj_dim=64, **common
+                model=tiny_model,
+                tokenizer=tiny_tokenizer,
+                checkpoints=tiny_run,
+                data=tiny_rows[:4],
+                proj_dim=64,
+                **common,
             )
             with pytest.raises(SettingError, match="--model"):
                 score(targets=tiny_targets, **common)

@@ -8,9 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "<|return|>"]
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog. Hello there! user assistant system naïve 日本語 🙂 \n\n 42"
-]
+CORPUS = ["The quick brown fox jumps over the lazy dog. Hello there! user assistant system naïve 日本語 🙂 \n\n 42"]
 
 
 def byte_level_tokenizer(
@@ -104,13 +102,10 @@ TEMPLATES = {
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     ),
     # Refuses whatever does not end with a reply
-    "answers only": (
-        "{% if messages[-1].role != 'assistant' %}{{ raise_exception('no answer') }}{% endif %}" + CHATML
-    ),
+    "answers only": ("{% if messages[-1].role != 'assistant' %}{{ raise_exception('no answer') }}{% endif %}" + CHATML),
     # Ignores add_generation_prompt, but has a header
     "no generation prompt": (
-        "{% for message in messages %}"
-        "{{ '### ' + message.role + ':\n' + message.content + '</s>\n' }}{% endfor %}"
+        "{% for message in messages %}{{ '### ' + message.role + ':\n' + message.content + '</s>\n' }}{% endfor %}"
     ),
     # Nothing closes a turn
     "open ended": (

@@ -101,9 +101,7 @@ def test_rows_past_the_end_are_no_rows(tmp_path):
     space=SPACES,
 )
 def test_new_columns_are_spliced_into_the_line(row, new, space, tmp_path_factory):
-    members = f",{space}".join(
-        f"{json.dumps(name)}{space}:{space}{json.dumps(value)}" for name, value in row.items()
-    )
+    members = f",{space}".join(f"{json.dumps(name)}{space}:{space}{json.dumps(value)}" for name, value in row.items())
     raw = f"{space}{{{space}{members}{space}}}{space}".encode()
     path = tmp_path_factory.mktemp("spliced") / "out.jsonl"
     write_selected(path, [Record(number=0, where="x", columns=row, raw=raw)], [new], "jsonl")
@@ -172,9 +170,7 @@ def test_rows_can_change_their_form(tmp_path):
     write_selected(tmp_path / "made", [record], [{"rank": 1}], "parquet")
     assert pq.read_table(tmp_path / "made").to_pylist() == [{"a": "日本", "b": [1, 2], "rank": 1}]
     write_selected(tmp_path / "plain.jsonl", [record], [{"half": "\ud800"}])
-    assert json.loads((tmp_path / "plain.jsonl").read_text(encoding="utf-8")) == record.columns | {
-        "half": "\ud800"
-    }
+    assert json.loads((tmp_path / "plain.jsonl").read_text(encoding="utf-8")) == record.columns | {"half": "\ud800"}
     mixed = list(open_source([{"a": 1}, {"a": "x"}]).iter_records())
     with pytest.raises(DataError, match=r"write a \.jsonl file instead"):
         write_selected(tmp_path / "mixed.parquet", mixed, [{}, {}], "memory")
@@ -264,8 +260,7 @@ def test_exports_are_sorted_and_there():
     import less.data
 
     assert (
-        sorted(less.data.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
-        == less.data.__all__
+        sorted(less.data.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name)) == less.data.__all__
     )
     assert all(hasattr(less.data, name) for name in less.data.__all__)
 

@@ -147,15 +147,11 @@ def test_a_turn_that_cannot_be_located_is_a_problem_of_its_row(tokenizer_with):
 
 
 def test_a_template_that_shows_nothing_of_a_turn_is_not_trusted(tokenizer_with):
-    calls = Conversation(
-        messages=[*chat("a").messages, {"role": "assistant", "tool_calls": [{}], "content": ""}]
-    )
+    calls = Conversation(messages=[*chat("a").messages, {"role": "assistant", "tool_calls": [{}], "content": ""}])
     with pytest.raises(RowProblem, match=r"renders turn 2 .* as nothing"):
         spans_of(tokenizer_with("chatml"), calls)
     with pytest.raises(ModelError, match="leaves out an assistant's text"):
-        Renderer(
-            tokenizer_with("{% for m in messages %}{{ m.content[0].text }}</s>{% endfor %}"), RenderConfig()
-        )
+        Renderer(tokenizer_with("{% for m in messages %}{{ m.content[0].text }}</s>{% endfor %}"), RenderConfig())
 
 
 def test_in_every_template_that_trl_knows_the_replies_are_supervised_and_nothing_else(tokenizer_with):
@@ -251,9 +247,7 @@ def test_truncation_keeps_the_start_and_skips_a_row_without_supervised_tokens(to
 
 def test_the_first_token_is_never_supervised(tokenizer_with):
     bare = tokenizer_with(REPLIES)
-    rendered = Renderer(bare, RenderConfig()).render(
-        Conversation(messages=[{"role": "assistant", "content": "Hello"}])
-    )
+    rendered = Renderer(bare, RenderConfig()).render(Conversation(messages=[{"role": "assistant", "content": "Hello"}]))
     assert not rendered.supervised[0]
     assert all(rendered.supervised[1:])
 
@@ -290,9 +284,7 @@ def test_a_row_passes_tools_and_variables_but_no_settings_to_the_template(tokeni
 
 
 def test_a_tokenizer_with_several_templates_picks_the_one_for_tools(tokenizer_with):
-    renderer = Renderer(
-        tokenizer_with({"default": "plain " + REPLIES, "tool_use": "tools " + REPLIES}), RenderConfig()
-    )
+    renderer = Renderer(tokenizer_with({"default": "plain " + REPLIES, "tool_use": "tools " + REPLIES}), RenderConfig())
     assert renderer.text_and_spans(chat("a", "b"))[0].startswith("plain")
     with_tools = Conversation(messages=chat("a", "b").messages, tools=[{"name": "t"}])
     assert renderer.text_and_spans(with_tools)[0].startswith("tools")
@@ -347,9 +339,7 @@ def test_the_overlap_rule_equals_its_reference(data):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    replies=st.lists(
-        st.text("ab 🙂é\n日.", min_size=1).filter(lambda reply: reply[0].strip()), min_size=1, max_size=3
-    ),
+    replies=st.lists(st.text("ab 🙂é\n日.", min_size=1).filter(lambda reply: reply[0].strip()), min_size=1, max_size=3),
     trim_offsets=st.booleans(),
 )
 def test_any_replies_come_back_from_the_supervised_tokens(replies, trim_offsets, tokenizer_with):
@@ -364,7 +354,5 @@ def test_a_sentencepiece_style_tokenizer_supervises_the_reply_and_its_eos():
     if not folder.exists():
         pytest.skip(f"{folder} is not there; set GRADSIFT_SHARED to the folder that holds models/")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rendered = Renderer(tokenizer, RenderConfig()).render(
-        chat("Tell me.", "Once upon a time.", "And?", "The end.")
-    )
+    rendered = Renderer(tokenizer, RenderConfig()).render(chat("Tell me.", "Once upon a time.", "And?", "The end."))
     assert [run.strip() for run in learnt(tokenizer, rendered)] == ["Once upon a time.</s>", "The end.</s>"]

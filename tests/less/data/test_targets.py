@@ -44,7 +44,5 @@ def test_strict_refuses_the_first_bad_target(renderer):
 
 
 def test_no_usable_target_is_an_error_that_counts_the_reasons(renderer):
-    with pytest.raises(
-        DataError, match="none of the 2 targets in memory can be used: 2 no messages; the first"
-    ):
+    with pytest.raises(DataError, match="none of the 2 targets in memory can be used: 2 no messages; the first"):
         load_targets([{}, {}], renderer)

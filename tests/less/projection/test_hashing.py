@@ -52,9 +52,7 @@ def test_tensor_hash_equals_its_twin(shape: tuple[int, ...]) -> None:
     assert torch.equal(indices, before)
     assert words.flatten().tolist() == [hash_index_ref(KEY, i) for i in indices.flatten().tolist()]
     columns = absorb(words[..., None], torch.tensor([0, 31, 2**32 - 1]))
-    expected = [
-        hash_index_ref(KEY, i, column) for i in indices.flatten().tolist() for column in (0, 31, 2**32 - 1)
-    ]
+    expected = [hash_index_ref(KEY, i, column) for i in indices.flatten().tolist() for column in (0, 31, 2**32 - 1)]
     assert columns.flatten().tolist() == expected
 
 
@@ -88,9 +86,7 @@ def test_every_input_bit_flips_half_of_the_output_bits() -> None:
         assert (per_bit - 0.5).abs().max() < 0.05, f"index bit {bit}"
 
 
-@pytest.mark.parametrize(
-    "other", [make_key(1, "a", "sign"), make_key(0, "b", "sign"), make_key(0, "a", "rotation")]
-)
+@pytest.mark.parametrize("other", [make_key(1, "a", "sign"), make_key(0, "b", "sign"), make_key(0, "a", "rotation")])
 def test_seeds_names_and_purposes_give_unrelated_streams(other: tuple[int, int]) -> None:
     indices = torch.arange(2**16)
     words, others = hash_index(make_key(0, "a", "sign"), indices), hash_index(other, indices)

@@ -44,9 +44,7 @@ def unit_rows(num_rows: int, num_params: int) -> Tensor:
 @pytest.mark.parametrize("num_params", [1, 63, 101, 4097])
 @pytest.mark.parametrize("proj_dim", [1, 20, 64, 512, 8192])
 @pytest.mark.parametrize("kind", RANDOM)
-def test_projecting_is_multiplying_by_the_matrix(
-    kind: str, num_rows: int, num_params: int, proj_dim: int
-) -> None:
+def test_projecting_is_multiplying_by_the_matrix(kind: str, num_rows: int, num_params: int, proj_dim: int) -> None:
     if kind == "rademacher":  # its matrix is dense, and slow to write down
         num_params = min(num_params, 300 if proj_dim == 8192 else 1025)
     projector = projector_of(kind, layout_of(a=(num_params,)), proj_dim)
