@@ -184,6 +184,8 @@ def load_base_model(
                 raise SettingError(f"{word} is {asked} but the model given is on {found}; leave it at auto")
         return model
     where = resolve_device(device)
+    if isinstance(model, str | Path) and str(model)[:1] in "/.~" and not Path(model).is_dir():
+        raise ModelError(f"there is no folder {model}; expected a model's folder or its name on the hub")
     if not isinstance(model, str | Path):
         raise ModelError(f"model must be a name, a folder or a transformers model, got {type(model).__name__}")
     try:

@@ -20,7 +20,7 @@ class Progress:
 
     def __init__(self, *, total: int, description: str, unit: str = "rows", enabled: bool = True) -> None:
         self._total, self._description, self._unit, self._enabled = total, description, unit, enabled
-        self._rows = self._tokens = 0
+        self._rows = self._tokens = self._rows_printed = 0
         self._start = self._last_line = time.monotonic()
         self._bar: tqdm | None = None
         if enabled and sys.stderr.isatty():
@@ -48,7 +48,7 @@ class Progress:
         """End the bar, or print the last line."""
         if self._bar is not None:
             self._bar.close()
-        elif self._enabled and self._rows:
+        elif self._enabled and self._rows > self._rows_printed:
             self._print_line()
 
     def __enter__(self) -> "Progress":
@@ -57,13 +57,14 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if self._bar is not None or kind is None:
+            self.close()
 
     def _per_second(self, count: int) -> float:
         return count / max(time.monotonic() - self._start, 1e-9)
 
     def _print_line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._rows_printed = time.monotonic(), self._rows
         rate = self._per_second(self._rows)
         parts = [
             f"{self._description}: {self._rows:,} of {self._total:,} {self._unit}",

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -79,6 +78,7 @@ class Selection:
             DataError: a column has values of several types.
         """
         import datasets
+        import pyarrow as pa
 
         rows = [{**(record.columns or {}), **added} for record, added in zip(self.records, self.columns, strict=True)]
         names = dict.fromkeys(name for row in rows for name in row)
@@ -257,13 +257,13 @@ def _files(path: str | Path | None, names: Sequence[str], suffixes: Sequence[str
     if path is None:
         return [None] * len(names)
     path = Path(path)
-    if path.is_dir() or path.suffix not in (*JSON_LINES, ".parquet"):
+    if path.is_dir() or not path.suffix:
         for name in names:
             if f"{name}.jsonl" != Path(f"{name}.jsonl").name:
                 raise SettingError(f"the target set {name!r} cannot name a file in {path}; give it another name")
         return [path / f"{name}.jsonl" for name in names]
     if path.suffix not in suffixes:
-        raise SettingError(f"scores are written as JSON Lines; {path} must end in {', '.join(suffixes)}")
+        raise SettingError(f"cannot write {path}: a file must end in {', '.join(suffixes)}, a folder has no suffix")
     if len(names) > 1:
         raise SettingError(
             f"{path} is one file, and {len(names)} target sets give a selection each; name a folder, or make one "

@@ -338,7 +338,7 @@ class TestOutput:
         for word in ("output", "scores"):
             with pytest.raises(SettingError, match="cannot be written"):
                 choose(combine="max", **{word: tmp_path / "file" / "out.jsonl"})
-        with pytest.raises(SettingError, match="scores are written as JSON Lines"):
+        with pytest.raises(SettingError, match="a file must end in"):
             choose(combine="max", scores=tmp_path / "scores.parquet")
 
     @pytest.mark.parametrize("name", ["../tones", "a/b", "/tones"])
