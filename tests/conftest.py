@@ -12,6 +12,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine, threads that spin take five times as long
 
 SHARED = Path(os.environ.get("GRADSIFT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
