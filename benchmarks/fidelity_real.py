@@ -48,6 +48,7 @@ def main() -> None:
 
     import torch
 
+    from datastore import Datastore
     from less import build_datastore, select, warmup
 
     args.work.mkdir(parents=True, exist_ok=True)
@@ -64,16 +65,21 @@ def main() -> None:
         dtype=args.dtype, update_rule=args.update_rule, shard_rows=128,
     )  # fmt: skip
     results: dict[str, dict] = {}
-    for feature_set in [f"{rule}-sparse-8192" for rule in args.update_rule]:
-        scores = args.work / "scores" / feature_set
+    for feature_set in Datastore.open(args.work / "store").feature_sets:
+        rule = feature_set.split("-sparse")[0]
+        scores = args.work / "scores" / rule
         if not all((scores / f"target_{name}.jsonl").exists() for name in TARGETS):
             select(
-                datastore=args.work / "store", targets=[args.data / f"target_{name}.jsonl" for name in TARGETS],
-                fraction=0.05, scores=scores, output=args.work / "selected" / feature_set, feature_set=feature_set,
-            )  # fmt: skip
-        results[feature_set] = {name: what_was_selected(scores / f"target_{name}.jsonl", pool) for name in TARGETS}
+                datastore=args.work / "store",
+                targets=[args.data / f"target_{name}.jsonl" for name in TARGETS],
+                fraction=0.05,
+                scores=scores,
+                output=args.work / "selected" / rule,
+                feature_set=feature_set,
+            )
+        results[rule] = {name: what_was_selected(scores / f"target_{name}.jsonl", pool) for name in TARGETS}
         for name in KNOWN:
-            results[feature_set][name] |= provenance_measures(scores / f"target_{name}.jsonl", pool, name)
+            results[rule][name] |= provenance_measures(scores / f"target_{name}.jsonl", pool, name)
     report = {
         "what": "R-precision and AUC by subtask; datasets of the selected 5%",
         "model": Path(args.model).name,
@@ -166,21 +172,21 @@ def as_markdown(report: dict) -> str:
         f"{report['settings']['warm-up']}; {report['settings']['features']}; {report['settings']['dtype']}. "
         f"{report['num_scored']} rows scored. {report['machine']}; "
         + ", ".join(f"{name} {v}" for name, v in report["versions"].items()) + ".", "",
-        "| features | target | subtasks | R-precision | chance | ceiling | AUC | AUC within the dataset | chance |",
+        "| update rule | target | subtasks | R-precision | chance | ceiling | AUC | AUC within the dataset | chance |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
-    for feature_set, by_target in report["results"].items():
+    for rule, by_target in report["results"].items():
         for name in KNOWN:
             m = by_target[name]
             lines.append(
-                f"| {feature_set} | {name} | {m['num_subtasks']} | {m['r_precision']:.2f} | {m['chance']:.2f} | "
+                f"| {rule} | {name} | {m['num_subtasks']} | {m['r_precision']:.2f} | {m['chance']:.2f} | "
                 f"{m['ceiling']:.2f} | {m['auc']:.2f} | {m['auc_within_dataset']:.2f} | 0.50 |"
             )
-    lines += ["", "| features | target | datasets of the selected 5% |", "| --- | --- | --- |"]
-    for feature_set, by_target in report["results"].items():
+    lines += ["", "| update rule | target | datasets of the selected 5% |", "| --- | --- | --- |"]
+    for rule, by_target in report["results"].items():
         for name in TARGETS:
             shares = ", ".join(f"{dataset} {count}" for dataset, count in by_target[name]["selected"].items())
-            lines.append(f"| {feature_set} | {name} | {shares} |")
+            lines.append(f"| {rule} | {name} | {shares} |")
     return "\n".join(lines) + "\n"
 
 

@@ -37,9 +37,8 @@ class FeatureSetConfig:
 
     @property
     def name(self) -> str:
-        """Its label in the store, such as `adam-sparse-8192`."""
-        kind = self.projection.kind
-        return f"{self.update_rule}-{kind}" + ("" if kind == "none" else f"-{self.projection.proj_dim}")
+        """Its label in the store, such as `adam-sparse`."""
+        return f"{self.update_rule}-{self.projection.kind}"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from datastore.errors import (
 from less import BuildConfig, build_datastore
 from less.models import load_base_model, load_tokenizer
 
-NAME = "adam-sparse-64"
+NAME = "adam-sparse"
 
 
 @pytest.fixture(autouse=True)
@@ -221,8 +221,8 @@ class TestSecondRun:
             ({"dtype": "bfloat16"}, [r'model\.dtype is "float32" in the store and "bfloat16"']),
             ({"chat_template": "chatml"}, [r"rendering\.template_sha256 is "]),
             ({"checkpoint_weights": [0.5, 0.5]}, [r"weight is 0\.\d+ in the store and 0\.5"]),
-            ({"update_rule": "sgd"}, ['"adam-sparse-64" in the store and "sgd-sparse-64"']),
-            ({"proj_dim": 32}, ["adam-sparse-64.* in the store and .*adam-sparse-32"]),
+            ({"update_rule": "sgd"}, ['"adam-sparse" in the store and "sgd-sparse"']),
+            ({"proj_dim": 32}, [r"feature_sets\.adam-sparse\.projection\.proj_dim is 64 in the store and 32"]),
             (
                 {"max_length": 99, "seed": 5},
                 [r"max_length is 256 in the store and 99", "seed is 0 in the store and 5"],
@@ -599,7 +599,7 @@ def test_rules_without_moments_need_no_optimizer_state(build, pool, reference, t
         file.unlink()
     build(tmp_path / "without", pool, checkpoints=run, update_rule=["sgd", "sign"])
     build(tmp_path / "with", pool, update_rule=["sgd", "sign"])
-    for name in ("sgd-sparse-64", "sign-sparse-64"):
+    for name in ("sgd-sparse", "sign-sparse"):
         assert_close(features(tmp_path / "without", name), features(tmp_path / "with", name), bound=1e-12)
 
 
@@ -607,7 +607,7 @@ def test_rules_without_moments_need_no_optimizer_state(build, pool, reference, t
     ("settings", "message"),
     [
         ({"update_rule": "adamw"}, "update rule must be one of adam, .* got 'adamw'"),
-        ({"update_rule": ["adam", "adam"]}, "adam-sparse-8192 is asked for twice"),
+        ({"update_rule": ["adam", "adam"]}, "adam-sparse is asked for twice"),
         ({"projection": "gaussian"}, "gaussian"),
         ({"proj_dim": 0}, "got 0"),
         ({"seed": -1}, "got -1"),

@@ -208,17 +208,17 @@ class TestCheckpointWeights:
 
 class TestTheFeatureSet:
     def test_must_be_chosen_where_there_are_several(self, scores, two_sets):
-        with pytest.raises(SettingError, match=r"adam-sparse-64, sgd-sparse-64, none was chosen.*--feature-set"):
+        with pytest.raises(SettingError, match=r"adam-sparse, sgd-sparse, none was chosen.*--feature-set"):
             scores(datastore=two_sets)
         with pytest.raises(SettingError, match="no 'adam'"):
             scores(datastore=two_sets, feature_set="adam")
 
     def test_decides_the_scores(self, scores, two_sets):
-        adam, sgd = (scores(datastore=two_sets, feature_set=f"{rule}-sparse-64") for rule in ("adam", "sgd"))
+        adam, sgd = (scores(datastore=two_sets, feature_set=f"{rule}-sparse") for rule in ("adam", "sgd"))
         assert not np.allclose(adam.scores_NJ, sgd.scores_NJ, atol=1e-3)
 
     def test_of_the_only_kind_may_be_named(self, scores, expected):
-        assert np.array_equal(scores(feature_set="adam-sparse-256").scores_NJ, expected.scores_NJ)
+        assert np.array_equal(scores(feature_set="adam-sparse").scores_NJ, expected.scores_NJ)
 
 
 class TestAggregates:
