@@ -134,13 +134,14 @@ def select(
         raise SettingError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
     scorer = Scorer(store, ScoreConfig(**settings), model, tokenizer, checkpoints, progress)
     target_sets = scorer.load_targets(targets)
-    groups = [[t] for t in target_sets] if combine is None else [target_sets]
-    names = ["+".join(t.name for t in group) for group in groups]
+    names = [t.name for t in target_sets]
+    names = names if combine is None else ["+".join(names)]
     output_files = _files(output, names, (*JSON_LINES, ".parquet"))
     score_files = _files(scores, names, JSON_LINES)
     pool = _Pool(store, data)
     _check_writable([*output_files, *score_files], pool.sources)
-    influence = scorer.score(target_sets)
+    influence, target_sets = scorer.score(target_sets)
+    groups = [[t] for t in target_sets] if combine is None else [target_sets]
     selections = []
     for group, name, output_file, score_file in zip(groups, names, output_files, score_files, strict=True):
         own = influence.of(*(t.name for t in group))

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore
-from datastore.errors import DataError, ProvenanceError, SettingError
+from datastore.errors import DataError, ProvenanceError, RowError, SettingError
 from less.adapters import adapted_model, load_adapter_weights
 from less.checkpoints import Checkpoint, find_checkpoints
 from less.data.batching import collate, plan_batches
+from less.data.conversations import RowProblem
 from less.data.rendering import RenderConfig, Renderer
 from less.data.targets import TargetSet, load_targets
 from less.features import FeatureSet, FeatureSetConfig, gradient_features
@@ -92,7 +93,8 @@ def score(
     """
     store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
     scorer = Scorer(store, ScoreConfig(**settings), model, tokenizer, checkpoints, progress)
-    return scorer.score(scorer.load_targets(targets))
+    influence, _ = scorer.score(scorer.load_targets(targets))
+    return influence
 
 
 class Scorer:
@@ -149,19 +151,28 @@ class Scorer:
             raise SettingError(f"two target sets have one name among {', '.join(t.name for t in sets)}; rename a file")
         return sets
 
-    def score(self, target_sets: Sequence[TargetSet]) -> InfluenceScores:
-        """Features of the targets at every checkpoint, then one scan of the store."""
+    def score(self, target_sets: Sequence[TargetSet]) -> tuple[InfluenceScores, list[TargetSet]]:
+        """Features of the targets at every checkpoint, then one scan of the store.
+
+        Returns:
+            the scores, and the target sets without the targets that have no direction at some checkpoint.
+
+        Raises:
+            DataError: no target of a set has one; RowError: one has none, under `strict`.
+        """
+        features = dict(self._target_features(target_sets))
+        target_sets, alive_M = self._without_dead(target_sets, features)
         columns = [(t.name, subtask) for t in target_sets for subtask in t.subtasks]
         subtask_M = [columns.index((t.name, subtask)) for t in target_sets for subtask in t.subtask_of]
         queries_JK = {
             name: subtask_queries(
-                features_MK,
+                features_MK[alive_M],
                 subtask_M,
                 len(columns),
                 aggregate=self.config.aggregate,
                 normalize=self.config.normalize,
             )
-            for name, features_MK in self._target_features(target_sets)
+            for name, features_MK in features.items()
         }
         scores_NJ = influence_scores(
             self.store,
@@ -172,17 +183,17 @@ class Scorer:
             verify=self.config.verify,
             progress=self.progress,
         )
-        return InfluenceScores(
+        influence = InfluenceScores(
             rows=self.store.rows(verify=self.config.verify),
             scores_NJ=scores_NJ,
             subtasks=tuple(subtask for _, subtask in columns),
             target_sets=tuple(name for name, _ in columns),
         )
+        return influence, target_sets
 
     def _target_features(self, target_sets: Sequence[TargetSet]) -> Iterator[tuple[str, Tensor]]:
         """ψ of every target, set after set, at each checkpoint: (M, K) float32, not normalised."""
         rendered = [row for t in target_sets for row in t.rendered]
-        ids = [name for t in target_sets for name in t.ids]
         device = self.model.device
         budget = self.config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
         batches = plan_batches([row.num_tokens for row in rendered], budget)
@@ -203,8 +214,29 @@ class Scorer:
                     features = gradient_features(model, batch.to(device), [psi])
                     features_MK[rows] = features.features_BK[psi.name].cpu()
                     bar.advance(len(rows), batch.num_tokens)
-                _refuse_dead_targets(features_MK, ids, checkpoint.name)
                 yield checkpoint.name, features_MK
+
+    def _without_dead(
+        self, target_sets: Sequence[TargetSet], features: Mapping[str, Tensor]
+    ) -> tuple[list[TargetSet], Tensor]:
+        """The sets without the targets whose gradient is zero or not finite, and which of the M are left."""
+        problems_M: list[RowProblem | None] = [None] * sum(len(t.ids) for t in target_sets)
+        for checkpoint, features_MK in features.items():
+            for m, norm in enumerate(torch.linalg.vector_norm(features_MK, dim=1).tolist()):
+                if not 0 < norm < float("inf"):
+                    reason = "zero norm" if norm == 0 else "not finite"
+                    problems_M[m] = problems_M[m] or RowProblem(reason, f"gradient norm {norm:g} at {checkpoint}")
+        alive, start = [], 0
+        for target_set in target_sets:
+            own = dict(enumerate(problems_M[start : start + len(target_set.ids)]))
+            problems = {n: problem for n, problem in own.items() if problem is not None}
+            start += len(own)
+            if problems and (self.config.strict or len(problems) == len(own)):
+                n, problem = next(iter(problems.items()))
+                message = f"{target_set.where_of[n]}: {problem}; there is no cosine with it"
+                raise RowError(message) if self.config.strict else DataError(f"no target is left: {message}")
+            alive.append(target_set.without(problems))
+        return alive, torch.tensor([problem is None for problem in problems_M])
 
     def _choose_feature_set(self) -> str:
         available = self.store.feature_sets
@@ -239,16 +271,6 @@ class Scorer:
             ) from err
         check_checkpoints(self.store, found)
         return [replace(checkpoint, name=name) for checkpoint, name in zip(found, names, strict=True)]
-
-
-def _refuse_dead_targets(features_MK: Tensor, ids: Sequence[str], checkpoint: str) -> None:
-    norms_M = torch.linalg.vector_norm(features_MK, dim=1)
-    dead = [name for name, norm in zip(ids, norms_M.tolist(), strict=True) if not 0 < norm < float("inf")]
-    if dead:
-        raise DataError(
-            f"target {dead[0]} has a gradient that is zero or not finite at {checkpoint} ({len(dead)} such "
-            "targets): there is no cosine with it. Take it out of the targets"
-        )
 
 
 def _given(**settings: Any) -> dict[str, Any]:

@@ -5,8 +5,8 @@ A target's subtask is its `subtask` column, or the set's name where it has none.
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datastore.errors import DataError, RowError
@@ -33,7 +33,7 @@ class SkippedRow:
 
 @dataclass(frozen=True)
 class TargetSet:
-    """Rendered targets. `rendered`, `subtask_of` and `ids` run in parallel."""
+    """Rendered targets. `rendered`, `subtask_of`, `ids` and `where_of` run in parallel."""
 
     name: str
     """The set's name."""
@@ -43,6 +43,8 @@ class TargetSet:
     """The subtask of each."""
     ids: list[str]
     """The label of each."""
+    where_of: list[str]
+    """Where a person finds each."""
     skipped: list[SkippedRow]
     """The targets that cannot be used."""
     sha256: str
@@ -52,6 +54,19 @@ class TargetSet:
     def subtasks(self) -> list[str]:
         """The subtasks, each once, in the order in which they first appear."""
         return list(dict.fromkeys(self.subtask_of))
+
+    def without(self, problems: Mapping[int, RowProblem]) -> "TargetSet":
+        """The set without the targets that turned out to have a problem, which are listed as skipped."""
+        kept = [n for n in range(len(self.ids)) if n not in problems]
+        found = [SkippedRow(self.where_of[n], self.ids[n], p.reason, p.detail) for n, p in problems.items()]
+        return replace(
+            self,
+            rendered=[self.rendered[n] for n in kept],
+            subtask_of=[self.subtask_of[n] for n in kept],
+            ids=[self.ids[n] for n in kept],
+            where_of=[self.where_of[n] for n in kept],
+            skipped=[*self.skipped, *found],
+        )
 
 
 def load_targets(
@@ -76,7 +91,7 @@ def load_targets(
     source = open_source(data)
     if name is None:
         name = "targets" if source.kind == "memory" else source.stem
-    targets = TargetSet(name=name, rendered=[], subtask_of=[], ids=[], skipped=[], sha256=source.sha256)
+    targets = TargetSet(name=name, rendered=[], subtask_of=[], ids=[], where_of=[], skipped=[], sha256=source.sha256)
     for record in source.iter_records():
         try:
             rendered = renderer.render_record(record)
@@ -89,6 +104,7 @@ def load_targets(
         targets.rendered.append(rendered)
         targets.subtask_of.append(name if subtask is None else str(subtask))
         targets.ids.append(record.id)
+        targets.where_of.append(record.where)
     if not targets.rendered:
         counts = Counter(row.reason for row in targets.skipped)
         first = targets.skipped[0]

@@ -88,9 +88,10 @@ def rigged(monkeypatch):
         real = Scorer.score
 
         def score(self, target_sets):
-            found = real(self, target_sets)
+            found, _ = real(self, target_sets)
             assert found.scores_NJ.shape == np.shape(scores_NJ)
-            return InfluenceScores(found.rows, np.array(scores_NJ, np.float32), found.subtasks, found.target_sets)
+            given_NJ = np.array(scores_NJ, np.float32)
+            return InfluenceScores(found.rows, given_NJ, found.subtasks, found.target_sets), target_sets
 
         monkeypatch.setattr(Scorer, "score", score)
 

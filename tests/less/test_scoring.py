@@ -20,7 +20,8 @@ from datastore.errors import (
     SettingError,
     StoreError,
 )
-from less import build_datastore, score
+from less import build_datastore, score, select
+from less.features import gradient_features
 from less.models import load_tokenizer
 from less.scoring import ScoreConfig, Scorer
 
@@ -256,7 +257,7 @@ class TestBadTargets:
         assert [(row.where, row.reason) for row in targets.skipped] == [
             ("t.jsonl:1", "not JSON"), ("t.jsonl:4", "no messages"), ("t.jsonl:8", "not an object"),
         ]  # fmt: skip
-        assert np.allclose(scorer.score([targets]).scores_NJ, expected.scores_NJ, atol=1e-6)
+        assert np.allclose(scorer.score([targets])[0].scores_NJ, expected.scores_NJ, atol=1e-6)
 
     def test_in_memory_are_skipped_too(self, scores, expected, tiny_targets):
         found = scores(targets=[*tiny_targets, {"text": "x"}, None])
@@ -277,19 +278,45 @@ class TestBadTargets:
         with pytest.raises(DataError):
             scores(targets=targets)
 
-    def test_without_a_direction_are_named(self, scores, tiny_targets, tiny_model_folder, monkeypatch):
+    @pytest.fixture
+    def kill(self, monkeypatch):
+        """Targets whose gradient is made zero (or not finite) at the second checkpoint only."""
         import less.scoring as scoring
-        from less.features import gradient_features
 
-        def dead_first(model, batch, feature_sets):
-            features = gradient_features(model, batch, feature_sets)
-            for row, features_K in zip(batch.rows, features.features_BK[feature_sets[0].name], strict=True):
-                if row == 2:
-                    features_K.zero_()
-            return features
+        def kill(rows, value=0.0):
+            seen = []
 
-        monkeypatch.setattr(scoring, "gradient_features", dead_first)
-        with pytest.raises(DataError, match="target target-2 has a gradient that is zero or not finite"):
+            def features_of(model, batch, feature_sets):
+                features = gradient_features(model, batch, feature_sets)
+                for row, features_K in zip(batch.rows, features.features_BK[feature_sets[0].name], strict=True):
+                    seen.append(row)
+                    if row in rows and seen.count(row) == 2:
+                        features_K.fill_(value)
+                return features
+
+            monkeypatch.setattr(scoring, "gradient_features", features_of)
+
+        return kill
+
+    @pytest.mark.parametrize(("value", "reason"), [(0.0, "zero norm"), (float("nan"), "not finite")])
+    def test_without_a_direction_are_skipped_and_listed(self, tiny_store, tiny_targets, scores, kill, value, reason):
+        expected = scores(targets=[t for n, t in enumerate(tiny_targets) if n not in (0, 3)])
+        kill({0, 3}, value)
+        (selection,) = select(datastore=tiny_store, targets=tiny_targets, count=3, progress=False)
+        assert [(row.id, row.reason) for row in selection.skipped_targets] == [
+            ("target-0", reason),
+            ("target-3", reason),
+        ]
+        assert np.allclose(selection.influence.scores_NJ, expected.scores_NJ, atol=1e-6)
+
+    def test_without_a_direction_stop_a_strict_scoring(self, scores, kill):
+        kill({2})
+        with pytest.raises(RowError, match=r"memory\[2\]: zero norm: gradient norm 0 at checkpoint-"):
+            scores(strict=True)
+
+    def test_of_which_none_has_a_direction_are_an_error(self, scores, kill):
+        kill(range(5))
+        with pytest.raises(DataError, match="no target is left"):
             scores()
 
 
