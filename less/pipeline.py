@@ -230,7 +230,7 @@ class _Builder:
         self.config, self.model, self.renderer, self.progress = config, model, renderer, progress
         self.checkpoints = {checkpoint.name: checkpoint for checkpoint in checkpoints}
         self.layout, self.device = ParamLayout.of(model), model.device
-        self.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[self.device.type]
+        self.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 2048)
         projectors = {
             projection: make_projector(projection, self.layout)
             for projection in dict.fromkeys(fs.projection for fs in config.feature_sets)

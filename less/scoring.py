@@ -195,7 +195,7 @@ class Scorer:
         """ψ of every target, set after set, at each checkpoint: (M, K) float32, not normalised."""
         rendered = [row for t in target_sets for row in t.rendered]
         device = self.model.device
-        budget = self.config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
+        budget = self.config.tokens_per_batch or TOKENS_PER_BATCH.get(device.type, 2048)
         batches = plan_batches([row.num_tokens for row in rendered], budget)
         total = len(rendered) * len(self.checkpoints)
         with (
