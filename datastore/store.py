@@ -173,10 +173,13 @@ class Datastore:
             if block.stop > start:
                 yield block
 
-    def rows(self, *, verify: bool = True) -> RowTable:
-        """Keys, labels and lengths of every position."""
+    def rows(self, feature_set: str | None = None, *, verify: bool = True) -> RowTable:
+        """Keys, labels and lengths of every position: the same in every feature set.
+
+        Name the one that is scanned: with `verify`, a shard that was not checked yet is read whole.
+        """
         names = ["rows_N", "ids", "num_tokens_N", "num_supervised_N", "truncated_N", "digests_N"]
-        columns = self._gather(self.feature_sets[0], self.checkpoints[0], names, verify)
+        columns = self._gather(feature_set or self.feature_sets[0], self.checkpoints[0], names, verify)
         ranges = self.manifest.ranges
         sources_N = np.repeat(
             np.array([rows.source for rows in ranges], np.int32), [rows.num_scored for rows in ranges]

@@ -144,6 +144,8 @@ def load_tokenizer(
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
+    if not str(tokenizer):
+        raise ModelError("the model has no name to load its tokenizer by; give the tokenizer too")
     try:
         return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as err:

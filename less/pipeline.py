@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore, DatastoreWriter, ShardKey, SkippedRow, SourceEntry, check_free_space
-from datastore.errors import DataError, ModelError, SettingError, StoreError
+from datastore.errors import DataError, SettingError, StoreError
 from less.adam import NEEDS_MOMENTS, UPDATE_RULES
 from less.adapters import adapted_model, load_adapter_weights
 from less.checkpoints import Checkpoint, find_checkpoints
@@ -173,10 +173,9 @@ def build_datastore(
     sources = open_sources(data)
     found = find_checkpoints(as_paths(checkpoints), config.checkpoint_weights)
     base = load_base_model(model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
-    named = location_of(model) if tokenizer is None else tokenizer
-    if not named:
-        raise ModelError("the model has no name to load its tokenizer by; give the tokenizer too")
-    loaded_tokenizer = load_tokenizer(named, trust_remote_code=config.trust_remote_code)
+    loaded_tokenizer = load_tokenizer(
+        location_of(model) if tokenizer is None else tokenizer, trust_remote_code=config.trust_remote_code
+    )
     renderer = Renderer(loaded_tokenizer, config.rendering, context_length=context_length(base.config))
     with adapted_model(base, found[0].path) as adapted:
         builder = _Builder(config, adapted, found, renderer, progress)

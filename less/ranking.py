@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datastore import Datastore, SourceEntry
+from datastore import Datastore, RowTable, SourceEntry
 from datastore.errors import DataError, SettingError
 from less.data.records import Record, Source, open_source
 from less.data.sources import JSON_LINES, json_of
@@ -151,7 +151,7 @@ def select(
             positions=positions,
             scores=own.scores_NJ[positions, subtask_of],
             subtasks=tuple(own.subtasks[j] for j in subtask_of),
-            records=tuple(pool.take(positions)),
+            records=tuple(pool.take(own.rows, positions)),
             influence=own,
             skipped_targets=tuple(row for t in group for row in t.skipped),
             output=output_file,
@@ -175,7 +175,6 @@ class _Pool:
                 f"{source.location or source.name} is no source of {store.path}: sha256 {source.sha256[:12]}, expected "
                 f"one of {', '.join(f'{entry.sha256[:12]} ({entry.name})' for entry in store.sources)}"
             )
-        self.rows = store.rows(verify=False)
         self.sources = [_reopen(entry, given) for entry in store.sources]
 
     @property
@@ -184,12 +183,12 @@ class _Pool:
         kinds = {source.kind for source in self.sources}
         return kinds.pop() if len(kinds) == 1 else "memory"
 
-    def take(self, positions: NDArray[np.int64]) -> list[Record]:
-        """The records at these positions, in this order; each source is read once."""
+    def take(self, rows: RowTable, positions: NDArray[np.int64]) -> list[Record]:
+        """The records at these positions of `rows`, in this order; each source is read once."""
         records: dict[int, Record] = {}
-        for number in np.unique(self.rows.sources_N[positions]).tolist():
-            own = positions[self.rows.sources_N[positions] == number]
-            taken = self.sources[number].take(self.rows.rows_N[own].tolist())
+        for number in np.unique(rows.sources_N[positions]).tolist():
+            own = positions[rows.sources_N[positions] == number]
+            taken = self.sources[number].take(rows.rows_N[own].tolist())
             records.update(zip(own.tolist(), taken, strict=True))
         return [records[n] for n in positions.tolist()]
 

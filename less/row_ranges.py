@@ -17,9 +17,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from datastore import Shard, SkippedRow
-from datastore.errors import RowError
 from less.data.batching import collate, plan_batches
-from less.data.records import Record, RowProblem, Source
+from less.data.records import Record, RowProblem, Source, skip
 from less.data.rendering import Rendered, Renderer
 from less.features import FeatureSet, gradient_features
 from less.progress import Progress
@@ -64,7 +63,7 @@ def compute_shards(
             rendered.append(renderer.render_record(record))
             records.append(record)
         except RowProblem as problem:
-            skipped.append(_skip(record, problem, strict))
+            skipped.append(skip(record, problem, strict=strict))
     bar.advance(len(skipped))
     results = {fs.name: _Results.empty(len(records), fs.projector.dim, dtypes[fs.name]) for fs in feature_sets}
     num_retries = 0
@@ -89,7 +88,7 @@ def compute_shards(
     shards = {}
     for name, result in results.items():
         problems = result.problems()
-        bad = [_skip(records[n], problem, strict) for n, problem in problems.items()]
+        bad = [skip(records[n], problem, strict=strict) for n, problem in problems.items()]
         kept = [n for n in range(len(records)) if n not in problems]
         shards[name] = Shard(
             features_NK=result.units_NK[kept],
@@ -152,12 +151,6 @@ class _Results:
             reason = "zero norm" if norm == 0 else "not finite"
             found[n] = RowProblem(reason, f"loss {loss:g}, ‖g‖ {grad:g}, ‖Γ‖ {update:g}, ‖φ‖ {norm:g}")
         return found
-
-
-def _skip(record: Record, problem: RowProblem, strict: bool) -> SkippedRow:
-    if strict:
-        raise RowError(f"{record.where}: {problem}; mend the row, or leave out strict to skip such rows")
-    return SkippedRow(row=record.number, where=record.where, id=record.id, reason=problem.reason, detail=problem.detail)
 
 
 def _digest(rendered: Rendered) -> int:

@@ -184,7 +184,7 @@ class Scorer:
             progress=self.progress,
         )
         influence = InfluenceScores(
-            rows=self.store.rows(verify=self.config.verify),
+            rows=self.store.rows(self.feature_set, verify=self.config.verify),
             scores_NJ=scores_NJ,
             subtasks=tuple(subtask for _, subtask in columns),
             target_sets=tuple(name for name, _ in columns),

@@ -28,11 +28,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from datastore import SkippedRow
-from datastore.errors import DataError, RowError, SettingError
+from datastore.errors import DataError, SettingError
 from less.adapters import lora_model
 from less.checkpoints import EvidenceWarning
 from less.data.batching import collate, plan_batches
-from less.data.records import RowProblem, Source, open_source
+from less.data.records import RowProblem, Source, open_source, skip
 from less.data.rendering import RenderConfig, Rendered, Renderer
 from less.data.writing import write_lines
 from less.gradients import token_losses
@@ -263,10 +263,7 @@ def _draw(
                 try:
                     row = rendered[record.number] = renderer.render_record(record)
                 except RowProblem as problem:
-                    if config.strict:
-                        raise RowError(f"{record.where}: {problem}; mend it, or leave out strict") from None
-                    why = {"reason": problem.reason, "detail": problem.detail}
-                    skipped.append(SkippedRow(row=record.number, where=record.where, id=record.id, **why))
+                    skipped.append(skip(record, problem, strict=config.strict))
                 else:
                     bar.advance(1, row.num_tokens)
     if not rendered:
@@ -291,7 +288,7 @@ class _RowMeanTrainer(Trainer):
         rows = inputs["rows"]
         total = torch.zeros((), device=self.args.device)
         for piece in plan_batches([self.rendered[row].num_tokens for row in rows], self.tokens_per_batch):
-            batch = collate(self.rendered, [rows[i] for i in piece], pad_id=0)  # masked: any id will do
+            batch = collate(self.rendered, [rows[i] for i in piece])
             loss = token_losses(model, batch.to(self.args.device)).sum() / len(rows)
             loss.backward()
             total += loss.detach()

@@ -79,6 +79,8 @@ def collate(
 ) -> Batch:
     """The rows `rows` of `rendered` as one batch, padded on `padding_side` to the longest.
 
+    Padding is masked, so which id pads makes no difference.
+
     Raises:
         SettingError: `padding_side` is neither "right" nor "left".
     """

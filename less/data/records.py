@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datastore.errors import DataError
+from datastore import SkippedRow
+from datastore.errors import DataError, RowError
 from less.data.conversations import REASONS, Conversation, RowProblem, conversation_of
 from less.data.sources import (
     BOM,
@@ -45,9 +46,17 @@ __all__ = [
     "Source",
     "conversation_of",
     "open_source",
+    "skip",
     "write_lines",
     "write_selected",
 ]
+
+
+def skip(record: Record, problem: RowProblem, *, strict: bool) -> SkippedRow:
+    """The entry of a row in the list of those skipped; under `strict` it is a `RowError` instead."""
+    if strict:
+        raise RowError(f"{record.where}: {problem}; mend the row, or leave out strict to skip such rows") from None
+    return SkippedRow(row=record.number, where=record.where, id=record.id, reason=problem.reason, detail=problem.detail)
 
 
 def open_source(data: str | os.PathLike[str] | Sequence[dict[str, Any]] | Any) -> Source:
