@@ -18,7 +18,7 @@ from datastore.errors import DamagedStoreError, FormatVersionError, ProvenanceEr
 from datastore.files import canonical_json, from_json, write_atomic
 from datastore.shards import ShardKey
 
-__all__ = ["BUILD", "FORMAT", "VERSION", "Build", "SourceEntry", "json_hash", "read_json", "write_json"]
+__all__ = ["BUILD", "FORMAT", "VERSION", "Build", "SourceEntry", "differences", "json_hash", "read_json", "write_json"]
 
 BUILD = "build.json"
 FORMAT, VERSION = "gradsift-datastore", 1
@@ -96,10 +96,7 @@ class Build:
 
     def check_same_settings(self, asked: "Build", folder: Path) -> None:
         """Raise `ProvenanceError` naming every field that `asked` has otherwise."""
-        if different := [
-            f"{name} is {_show(ours)} in the store and {_show(theirs)} in this command"
-            for name, ours, theirs in _differences(self._fixed(), asked._fixed())
-        ]:
+        if different := differences(self._fixed(), asked._fixed(), "the store"):
             raise ProvenanceError(
                 f"the datastore {folder} was built with other settings: {'; '.join(different)}. "
                 "Rerun with the store's settings, or choose another --datastore folder."
@@ -172,6 +169,13 @@ def read_json(path: Path) -> dict[str, Any]:
             "Upgrade it: `pip install --upgrade gradsift`."
         )
     return doc
+
+
+def differences(ours: object, theirs: object, place: str) -> list[str]:
+    """A line for every leaf of `ours`, found in `place`, that `theirs`, asked for now, has otherwise."""
+    return [
+        f"{name} is {_show(a)} in {place} and {_show(b)} in this command" for name, a, b in _differences(ours, theirs)
+    ]
 
 
 _ABSENT = object()

@@ -8,10 +8,12 @@ What the files of a datastore hold is left to `shards` and `manifest`.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
@@ -23,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from datastore.errors import DamagedStoreError, DiskFullError, StoreError
+from datastore.errors import DamagedStoreError, DiskFullError, StoreError, StoreLockedError
 
 __all__ = [
     "FileEntry",
@@ -33,6 +35,7 @@ __all__ = [
     "disk_errors",
     "from_json",
     "hash_file",
+    "lock_folder",
     "make_folder",
     "open_tensors",
     "remove_temporary_files",
@@ -76,7 +79,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 "free some space and rerun the same command."
             ) from error
         raise StoreError(
-            f"cannot write {path}: {error.strerror or error}. Choose another --datastore folder."
+            f"cannot write {path}: {error.strerror or error}. Choose another place to write to."
         ) from error
 
 
@@ -145,6 +148,28 @@ def remove_temporary_files(folder: Path) -> None:
     for pattern in (".*.json.tmp", "shards/*/*/.*.safetensors.tmp", "directions/*/.*.safetensors.tmp"):
         for left_over in folder.glob(pattern):
             left_over.unlink()
+
+
+def lock_folder(folder: Path) -> int:
+    """A locked file descriptor of `folder`; closing it frees the lock, and so does the end of the process.
+
+    Raises `StoreLockedError` if another process holds it.
+    """
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except BlockingIOError:
+        holder = os.read(lock, 1000).decode(errors="replace") or "another process"
+        os.close(lock)
+        raise StoreLockedError(
+            f"{folder} is being written by {holder}. Wait for it, or stop it: the lock goes with the process."
+        ) from None
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def make_folder(folder: Path) -> None:

@@ -6,10 +6,8 @@ a sealed store stays readable while rows are added to it, until the new manifest
 What is computed, and in what order, is left to the caller.
 """
 
-import fcntl
 import json
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from datastore.build import BUILD, Build, SourceEntry
-from datastore.errors import StoreError, StoreLockedError
+from datastore.errors import StoreError
 from datastore.files import (
     FileEntry,
     canonical_json,
     damaged,
     disk_errors,
     hash_file,
+    lock_folder,
     make_folder,
     remove_temporary_files,
 )
@@ -103,7 +102,7 @@ class DatastoreWriter:
                     f"{folder} is not a datastore: it has {min(names)} and no {BUILD}. "
                     "Choose another --datastore folder."
                 )
-            lock = _take_lock(folder)
+            lock = lock_folder(folder)
         try:
             remove_temporary_files(folder)
             if not (folder / BUILD).exists():
@@ -252,23 +251,3 @@ def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     """A mapping as it comes back from JSON."""
     plain: dict[str, Any] = json.loads(canonical_json(dict(value)))
     return plain
-
-
-def _take_lock(folder: Path) -> int:
-    """A locked file descriptor. The system frees the lock with its process, however that ends."""
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    except BlockingIOError:
-        holder = os.read(lock, 1000).decode(errors="replace") or "another process"
-        os.close(lock)
-        raise StoreLockedError(
-            f"the datastore {folder} is being written by {holder}. Wait for it, or stop it: "
-            "the lock goes with the process."
-        ) from None
-    except BaseException:
-        os.close(lock)
-        raise
-    return lock

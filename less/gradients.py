@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from datastore.errors import UnsupportedError
 from less.data.batching import Batch
-from less.models import lora_layers, lora_parameters
+from less.models import lm_head, lora_layers, lora_parameters
 
 __all__ = ["BlockSink", "gradients_ref", "per_sample_gradients", "token_losses"]
 
@@ -80,7 +80,7 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
         return (hidden_BTD[row_S, position_S].unsqueeze(0), *rest)
 
     positions = {} if batch.position_ids_BT is None else {"position_ids": batch.position_ids_BT}
-    hook = _lm_head(model).register_forward_pre_hook(keep_predicting_positions)
+    hook = lm_head(model).register_forward_pre_hook(keep_predicting_positions)
     try:
         logits_1SV = model(
             input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False, **positions
@@ -199,11 +199,3 @@ def _exact_float32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _lm_head(model: nn.Module) -> nn.Module:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = base.get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        raise UnsupportedError(f"{type(base).__name__} has no LM head; expected a causal language model")
-    return head

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from datastore import Shard, SkippedRow
-from less.data.batching import collate, plan_batches
+from less.data.batching import collate, run_in_batches
 from less.data.records import Record, RowProblem, Source, skip
 from less.data.rendering import Rendered, Renderer
 from less.features import FeatureSet, gradient_features
@@ -66,25 +66,16 @@ def compute_shards(
             skipped.append(skip(record, problem, strict=strict))
     bar.advance(len(skipped))
     results = {fs.name: _Results.empty(len(records), fs.projector.dim, dtypes[fs.name]) for fs in feature_sets}
-    num_retries = 0
-    queue = plan_batches([row.num_tokens for row in rendered], tokens_per_batch)[::-1]
-    while queue:
-        members = queue.pop()
+
+    def compute(members: list[int]) -> None:
         batch = collate(rendered, members)
-        try:
-            features = gradient_features(model, batch.to(model.device), feature_sets)
-        except torch.OutOfMemoryError:
-            if len(members) == 1:
-                raise
-            torch.cuda.empty_cache()
-            num_retries += 1
-            queue += [members[len(members) // 2 :], members[: len(members) // 2]]
-            continue
+        features = gradient_features(model, batch.to(model.device), feature_sets)
         for name, result in results.items():
-            update_norms_B = features.update_norms_B[name]
-            numbers = (features.losses_B, features.grad_norms_B, update_norms_B)
+            numbers = (features.losses_B, features.grad_norms_B, features.update_norms_B[name])
             result.put(members, features.features_BK[name], *numbers)
         bar.advance(len(members), batch.num_tokens)
+
+    num_retries = run_in_batches([row.num_tokens for row in rendered], tokens_per_batch, compute)
     shards = {}
     for name, result in results.items():
         problems = result.problems()

@@ -4,7 +4,7 @@ Rows of like length go together, so that padding costs little. The plan depends 
 alone: a resumed build makes the same batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from datastore.errors import SettingError
 from less.data.rendering import Rendered
 
-__all__ = ["Batch", "collate", "plan_batches"]
+__all__ = ["Batch", "collate", "plan_batches", "run_in_batches"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +72,30 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
         batches.append(longest_first[start:stop])
         start = stop
     return batches
+
+
+def run_in_batches(lengths: Sequence[int], tokens_per_batch: int, run: Callable[[list[int]], None]) -> int:
+    """Calls `run` with each batch of `plan_batches`; one that does not fit into a GPU's memory is halved.
+
+    Returns:
+        How often a batch was halved: it shows in the last bits of a result.
+
+    Raises:
+        torch.OutOfMemoryError: a single row does not fit.
+    """
+    num_retries = 0
+    queue = plan_batches(lengths, tokens_per_batch)[::-1]
+    while queue:
+        members = queue.pop()
+        try:
+            run(members)
+        except torch.OutOfMemoryError:
+            if len(members) == 1:
+                raise
+            torch.cuda.empty_cache()
+            num_retries += 1
+            queue += [members[len(members) // 2 :], members[: len(members) // 2]]
+    return num_retries
 
 
 def collate(

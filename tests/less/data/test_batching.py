@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from datastore.errors import SettingError
 from less.data import Rendered, collate, plan_batches
+from less.data.batching import run_in_batches
 
 lengths = st.lists(st.integers(1, 200), max_size=60)
 budgets = st.integers(1, 1000)
@@ -31,6 +32,28 @@ def test_no_batch_has_room_for_the_row_after_it(lengths, budget):
     batches = plan_batches(lengths, budget)
     for batch in batches[:-1]:
         assert (len(batch) + 1) * lengths[batch[0]] > budget
+
+
+@given(lengths, budgets, st.integers(1, 20))
+def test_batches_that_do_not_fit_are_halved_until_they_do_and_every_row_runs_once(lengths, budget, room):
+    done, refused = [], []
+
+    def run(members):
+        if len(members) > room:
+            refused.append(members)
+            raise torch.OutOfMemoryError
+        done.extend(members)
+
+    assert run_in_batches(lengths, budget, run) == len(refused)
+    assert done == [row for batch in plan_batches(lengths, budget) for row in batch]
+
+
+def test_a_row_that_does_not_fit_alone_is_an_error():
+    def run(members):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run_in_batches([3, 2], 100, run)
 
 
 def test_a_budget_must_be_positive():
