@@ -68,7 +68,7 @@ __all__ = ["build_datastore_command"]
     type=click.Choice(["auto", "float16", "float32"]),
     help="Of stored rows; auto is float32 for projection none, else float16.",
 )
-@rendering_options
+@rendering_options()
 @running_options
 @strict_option
 @loading_options

@@ -54,17 +54,23 @@ loading_options = _bundle(
 
 strict_option = click.option("--strict", is_flag=True, help="Stop at the first row that would be skipped.")
 
-rendering_options = _bundle(
-    click.option("--max-length", default=2048, show_default=True, metavar="N", help="Tokens a row; its end is cut."),
-    click.option(
-        "--system-prompt", default="keep", show_default=True, metavar="keep|none|TEXT",
-        help="Each row's system prompt: kept, dropped, or TEXT instead.",
-    ),
-    click.option(
-        "--chat-template", metavar="FILE|tulu|chatml",
-        help="Chat template, in place of the tokenizer's own.",
-    ),
-)  # fmt: skip
+
+def rendering_options(max_length: int = 2048) -> Callable[[Command], Command]:
+    """How rows become tokens, with the length limit that is usual for them."""
+    return _bundle(
+        click.option(
+            "--max-length", default=max_length, show_default=True, metavar="N", help="Tokens a row; its end is cut."
+        ),
+        click.option(
+            "--system-prompt", default="keep", show_default=True, metavar="keep|none|TEXT",
+            help="Each row's system prompt: kept, dropped, or TEXT instead.",
+        ),
+        click.option(
+            "--chat-template", metavar="FILE|tulu|chatml",
+            help="Chat template, in place of the tokenizer's own.",
+        ),
+    )  # fmt: skip
+
 
 running_options = _bundle(
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),

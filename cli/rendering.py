@@ -1,6 +1,5 @@
 """`gradsift render`."""
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -16,7 +15,7 @@ __all__ = ["render_command"]
 @model_option
 @click.option("--data", required=True, metavar="FILE", help="Instruction data.")
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(min=1), metavar="N", help="Rows to show.")
-@rendering_options
+@rendering_options()
 @strict_option
 @loading_options
 @output_options
@@ -43,6 +42,7 @@ def render_command(
 
     from datastore.errors import RowError
     from less.data import RenderConfig, Renderer, RowProblem, open_source
+    from less.data.rendering import token_texts
     from less.models import context_length, load_config, load_tokenizer
 
     source = open_source(data)
@@ -62,8 +62,9 @@ def render_command(
         counts = f"{rendered.num_tokens} tokens, {rendered.num_supervised} carry loss{cut}"
         out.print(Text(f"{record.where}  {visible(record.id)}: {counts}", style="bold"))
         line = Text()
-        pieces = zip(_pieces(words, rendered.input_ids), rendered.supervised, strict=True)
-        for piece, supervised in pieces:
+        texts = token_texts(words, rendered.input_ids)
+        for text, supervised in zip(texts, rendered.supervised, strict=True):
+            piece = visible(text.replace("\n", "⏎\n"))
             if out.is_terminal:
                 line.append(piece, style="green underline" if supervised else "dim")
                 line.append("|", style="bright_black")
@@ -71,11 +72,3 @@ def render_command(
                 line.append(f"[{piece}]" if supervised else f"{piece}|")
         out.print(line, soft_wrap=True)
         out.print()
-
-
-def _pieces(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
-    """The text of each token where it stands: some tokenizers write no space before the first token of a text."""
-    for at in range(len(ids)):
-        before = tokenizer.decode(ids[max(at - 1, 0) : at]) if at else ""
-        piece = tokenizer.decode(ids[max(at - 1, 0) : at + 1]).removeprefix(before)
-        yield visible(piece.replace("\n", "⏎\n"))

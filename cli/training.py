@@ -39,7 +39,7 @@ __all__ = ["warmup_command"]
     help="Linear layers to adapt.",
 )
 @click.option("--seed", default=0, show_default=True, metavar="S", help="Of the sample, its order and the adapter.")
-@rendering_options
+@rendering_options()
 @running_options
 @strict_option
 @loading_options

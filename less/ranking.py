@@ -22,7 +22,7 @@ from datastore.errors import DataError, SettingError
 from less.data.records import Record, Source, open_source
 from less.data.sources import JSON_LINES, json_of
 from less.data.targets import SkippedRow
-from less.data.writing import write_lines, write_selected
+from less.data.writing import dataset_of, write_lines, write_selected
 from less.influence import InfluenceScores
 from less.pipeline import open_sources
 from less.scoring import ScoreConfig, Scorer
@@ -77,15 +77,7 @@ class Selection:
         Raises:
             DataError: a column has values of several types.
         """
-        import datasets
-        import pyarrow as pa
-
-        rows = [{**(record.columns or {}), **added} for record, added in zip(self.records, self.columns, strict=True)]
-        names = dict.fromkeys(name for row in rows for name in row)
-        try:  # `from_list` would take the columns of the first row for those of all
-            return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
-        except (pa.ArrowException, OverflowError) as err:
-            raise DataError(f"the selected rows do not fit into one table: {err}; use their records") from err
+        return dataset_of(self.records, self.columns)
 
 
 def select(

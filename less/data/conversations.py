@@ -16,7 +16,16 @@ import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["REASONS", "ROLES", "Conversation", "RowProblem", "conversation_of"]
+__all__ = [
+    "REASONS",
+    "ROLES",
+    "Conversation",
+    "RowProblem",
+    "conversation_of",
+    "message_of",
+    "template_arguments",
+    "without_nulls",
+]
 
 REASONS: tuple[str, ...] = (
     "not JSON",
@@ -28,10 +37,14 @@ REASONS: tuple[str, ...] = (
     "field missing",  # a field that the template needs, or any other ground on which it refuses the row
     "span not found",  # an assistant turn cannot be located in the rendered text
     "no supervised token",  # none within the length limit
-    "not finite",  # the loss or the gradient
+    "not finite",  # the loss, the gradient or a measure
     "zero norm",
+    "empty reply",
+    "same replies",
+    "no common prompt",  # the two replies of a pair answer different prompts
+    "truncated reply",  # a remark on a pair that has its measures all the same
 )
-"""Every reason for which a row is skipped: a closed list, so that counts by reason can be compared."""
+"""Every reason for which a row is skipped or remarked on: a closed list, so that counts by reason can be compared."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 """The roles of a turn; whether a template knows them all is its own affair."""
@@ -81,16 +94,26 @@ def conversation_of(columns: dict[str, Any]) -> Conversation:
     Raises:
         RowProblem: "no messages", "unknown role", "empty turn", "no assistant turn" or "field missing".
     """
-    row = _without_nulls(columns)
-    messages = [_checked(turn, number) for number, turn in enumerate(_turns(row), start=1)]
+    row = without_nulls(columns)
+    messages = [message_of(turn, number) for number, turn in enumerate(_turns(row), start=1)]
     if not messages:
         raise RowProblem("no messages", "the list of turns is empty")
     if all(message["role"] != "assistant" for message in messages):
         raise RowProblem("no assistant turn", f"the roles are {', '.join(m['role'] for m in messages)}")
+    tools, kwargs = template_arguments(row)
+    return Conversation(messages=messages, tools=tools or None, chat_template_kwargs=kwargs)
+
+
+def template_arguments(row: dict[str, Any]) -> tuple[list[Any] | None, dict[str, Any]]:
+    """What a row tells the chat template beside the messages: its `tools` and its `chat_template_kwargs`.
+
+    Raises:
+        RowProblem: "field missing".
+    """
     kwargs = row.get("chat_template_kwargs", {})
     if not isinstance(kwargs, dict):
         raise RowProblem("field missing", f"chat_template_kwargs is {reprlib.repr(kwargs)}, expected an object")
-    return Conversation(messages=messages, tools=_tools(row.get("tools")), chat_template_kwargs=_without_nulls(kwargs))
+    return _tools(row.get("tools")), without_nulls(kwargs)
 
 
 def _turns(row: dict[str, Any]) -> list[Any]:
@@ -98,7 +121,7 @@ def _turns(row: dict[str, Any]) -> list[Any]:
         return _list_of_turns(row, "messages")
     system = _said_by("system", row["system"]) if row.get("system") else []
     if "conversations" in row:
-        return system + [_from_sharegpt(turn) for turn in _list_of_turns(row, "conversations")]
+        return system + _list_of_turns(row, "conversations")
     if "prompt" in row and "completion" in row:
         return system + _said_by("user", row["prompt"]) + _said_by("assistant", row["completion"])
     if "instruction" in row and "output" in row:
@@ -123,20 +146,24 @@ def _said_by(role: str, said: Any) -> list[Any]:
     return said if isinstance(said, list) else [{"role": role, "content": said}]
 
 
-def _from_sharegpt(turn: Any) -> Any:
-    if not isinstance(turn, dict) or "from" not in turn:
+def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
+    if "from" not in turn or "role" in turn:
         return turn
-    others = {name: value for name, value in turn.items() if name not in ("from", "value")}
-    role = turn["from"]
-    known = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-    return {"role": known, "content": turn.get("value"), **others}
+    message = {{"from": "role", "value": "content"}.get(name, name): value for name, value in turn.items()}
+    if isinstance(message["role"], str):
+        message["role"] = _SHAREGPT_ROLES.get(message["role"], message["role"])
+    return message
 
 
-def _checked(turn: Any, number: int) -> dict[str, Any]:
-    """`turn` without nulls and with its content as text, or the reason why it cannot be rendered."""
+def message_of(turn: Any, number: int) -> dict[str, Any]:
+    """One turn, OpenAI's or ShareGPT's, as a message without nulls whose content is text.
+
+    Raises:
+        RowProblem: "no messages", "unknown role", "empty turn" or "field missing": it cannot be rendered.
+    """
     if not isinstance(turn, dict):
         raise RowProblem("no messages", f"turn {number} is {reprlib.repr(turn)}, expected an object")
-    message = _without_nulls(turn)
+    message = _from_sharegpt(without_nulls(turn))
     role = message.get("role")
     if role is None:
         raise RowProblem("field missing", f"turn {number} has no role")
@@ -173,8 +200,9 @@ def _tools(tools: Any) -> list[Any] | None:
             raise RowProblem("field missing", f"tools is a string, but not JSON: {error}") from None
     if tools is not None and not isinstance(tools, list):
         raise RowProblem("field missing", f"tools is {reprlib.repr(tools)}, expected a list of JSON schemas")
-    return tools or None
+    return tools
 
 
-def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+def without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` without those that are null."""
     return {name: value for name, value in fields.items() if value is not None}

@@ -31,7 +31,7 @@ from less.data.conversations import Conversation, RowProblem, conversation_of
 from less.data.sources import Record
 from less.data.templates import ChatTemplate
 
-__all__ = ["RenderConfig", "Rendered", "Renderer"]
+__all__ = ["RenderConfig", "Rendered", "Renderer", "token_texts", "tokens_of", "vocabulary_sha256"]
 
 _SENTINEL = "gradsift7sentinel"  # no white space and no mark-up: templates pass it on as it is
 
@@ -105,9 +105,8 @@ class Renderer:
 
     def provenance(self) -> dict[str, Any]:
         """What decides the tokens. JSON-able; no date if no template asks for it."""
-        vocabulary = json.dumps(sorted(self._tokenizer.get_vocab().items()))
         return {
-            "vocabulary_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "vocabulary_sha256": vocabulary_sha256(self._tokenizer),
             "template_sha256": self._template.sha256,
             "max_length": self.max_length,
             "system_prompt": self._system_prompt,
@@ -130,41 +129,57 @@ class Renderer:
         Raises:
             RowProblem: "field missing", "span not found", "no supervised token"; "not JSON" if not Unicode.
         """
-        text, spans = self.text_and_spans(conversation)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RowProblem("not JSON", f"the text holds half a surrogate pair: {error}") from None
-        tokens = self._tokenizer(
-            text,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        num_tokens, limit = len(tokens["input_ids"]), self.max_length
-        supervised = _overlapping(tokens["offset_mapping"][:limit], spans)
-        supervised[:1] = [False]
-        if not any(supervised):
-            raise RowProblem("no supervised token", f"none in the first {limit} of the row's {num_tokens} tokens")
-        return Rendered(tokens["input_ids"][:limit], supervised, truncated=num_tokens > limit)
+        input_ids, supervised = self.tokens_and_marks(conversation)
+        limit = self.max_length
+        if not any(supervised[:limit]):
+            raise RowProblem("no supervised token", f"none in the first {limit} of the row's {len(input_ids)} tokens")
+        return Rendered(input_ids[:limit], supervised[:limit], truncated=len(input_ids) > limit)
 
-    def text_and_spans(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+    def tokens_and_marks(self, conversation: Conversation, *, first: int = 0) -> tuple[list[int], list[bool]]:
+        """All tokens of a conversation, not cut, and which of them are supervised; `first` as in `text_and_spans`.
+
+        Raises:
+            RowProblem: "field missing" or "span not found"; "not JSON" if not Unicode.
+        """
+        text, spans = self.text_and_spans(conversation, first=first)
+        tokens = tokens_of(self._tokenizer, [text], add_special_tokens=False, return_offsets_mapping=True)
+        supervised = _overlapping(tokens["offset_mapping"][0], spans)
+        supervised[:1] = [False]
+        return tokens["input_ids"][0], supervised
+
+    def text_and_spans(self, conversation: Conversation, *, first: int = 0) -> tuple[str, list[tuple[int, int]]]:
         """The rendered text, and the characters of it that carry loss: (start, end) of each span, in order.
+
+        With `first`, only the assistant turns from message `first` on count.
 
         Raises:
             RowProblem: "field missing" or "span not found".
         """
-        chat = replace(conversation, messages=self._with_system_prompt(conversation.messages))
+        chat = self._with_system_prompt(conversation)
+        num_before = len(
+            self._with_system_prompt(replace(conversation, messages=conversation.messages[:first])).messages
+        )
         text = self._template.text(chat)
+        turns = [turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant"]
         spans = self._template.marks(chat)
         if spans is None:
-            roles = [message["role"] for message in chat.messages]
-            spans = [self._span(chat, turn, text) for turn, role in enumerate(roles) if role == "assistant"]
+            spans = [self._span(chat, turn, text) for turn in turns if turn >= num_before]
+        elif any(turn < num_before for turn in turns):
+            before = self._prefix(chat, num_before, text)
+            if before is None:
+                raise RowProblem("span not found", "the template renders the prompt otherwise once a reply follows")
+            spans = [span for span in spans if span[0] >= len(before)]
         if not spans:
             raise RowProblem("span not found", "the template's {% generation %} marks enclose nothing here")
         return text, spans
+
+    def text(self, conversation: Conversation, *, generation_prompt: bool = False) -> str:
+        """The rendered text; with `generation_prompt`, up to where the next reply starts.
+
+        Raises:
+            RowProblem: "field missing".
+        """
+        return self._template.text(self._with_system_prompt(conversation), generation_prompt=generation_prompt)
 
     def _learn_turns(self) -> None:
         """Asks the template how it opens a turn and how it closes one."""
@@ -205,13 +220,15 @@ class Renderer:
                     "use keep or none"
                 )
 
-    def _with_system_prompt(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _with_system_prompt(self, chat: Conversation) -> Conversation:
         if self._system_prompt == "keep":
-            return messages
-        others = [message for message in messages if message["role"] not in ("system", "developer")]
-        if self._system_prompt == "none":
-            return [_turn("system", ""), *others] if self._has_default_system_prompt else others
-        return [_turn("system", self._system_prompt), *others]
+            return chat
+        messages = [message for message in chat.messages if message["role"] not in ("system", "developer")]
+        if self._system_prompt != "none":
+            messages = [_turn("system", self._system_prompt), *messages]
+        elif self._has_default_system_prompt:
+            messages = [_turn("system", ""), *messages]
+        return replace(chat, messages=messages)
 
     def _span(self, chat: Conversation, turn: int, text: str) -> tuple[int, int]:
         """The characters of one assistant turn: each end by its prefix, or by the sentinel if that fails."""
@@ -251,6 +268,33 @@ class Renderer:
         if not unique or end < len(before) or not text.startswith(before) or not text.endswith(after):
             raise RowProblem("span not found", f"the template hides where turn {turn + 1} (assistant) is")
         return len(before), end
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> Any:
+    """The `input_ids` of each text, and whatever the tokenizer's `options` ask for beside them.
+
+    Raises:
+        RowProblem: "not JSON": half a surrogate pair is no Unicode, and no tokenizer takes it.
+    """
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise RowProblem("not JSON", f"the text holds half a surrogate pair: {error}") from None
+    return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
+
+
+def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the tokens and their ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token where it stands: some tokenizers write no space before the first token of a text."""
+    texts = []
+    for at in range(len(ids)):
+        before = tokenizer.decode(ids[at - 1 : at]) if at else ""
+        texts.append(tokenizer.decode(ids[max(at - 1, 0) : at + 1]).removeprefix(before))
+    return texts
 
 
 def _turn(role: str, content: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Transformers renders; this module picks the template, fixes the date that it is 
 raises into the problem of one row. What the text means, token by token, is left to `rendering`.
 """
 
-import ast
 import datetime
 import hashlib
 import inspect
@@ -152,8 +151,7 @@ def _with_date(source: str, date: str) -> str:
         day = datetime.datetime.fromisoformat(date)
     except ValueError as error:
         raise SettingError(f"template date must be an ISO date like 2025-01-01, got {date!r}") from error
-    tokens = jinja2.Environment().lex(source)
-    literals = {ast.literal_eval(token) for _, kind, token in tokens if kind == "string"}
+    literals = {token.value for token in jinja2.Environment().lexer.tokenize(source) if token.type == "string"}
     answers = json.dumps({literal: day.strftime(literal) for literal in sorted(literals) if "%" in literal})
     macro = (
         f"{{% macro strftime_now(format) %}}{{% set answers = {answers} %}}"

@@ -1,7 +1,8 @@
 """Rows back to a file, with columns added and all the rest as it was.
 
 JSON Lines to JSON Lines splices the new columns into the line, whose own bytes stay; Parquet to Parquet keeps
-the Arrow types; anything else goes through the row's dict. A file appears whole or not at all.
+the Arrow types; anything else goes through the row's dict. A file appears whole or not at all. `dataset_of` makes
+the same rows a `datasets.Dataset` in place of a file.
 """
 
 import json
@@ -16,9 +17,10 @@ from datastore.errors import DataError
 from less.data.sources import SUFFIXES, Record, json_of
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow as pa
 
-__all__ = ["write_lines", "write_selected"]
+__all__ = ["dataset_of", "write_lines", "write_selected"]
 
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -50,6 +52,23 @@ def write_selected(
             pq.write_table(table, file)
     else:
         write_lines(path, (_line(record, new) for record, new in zip(records, extra, strict=True)))
+
+
+def dataset_of(records: Sequence[Record], extra: Sequence[dict[str, Any]]) -> "datasets.Dataset":
+    """`records` in the order given, with their columns of `extra`; None where a row lacks a column of another.
+
+    Raises:
+        DataError: a column has values of several types.
+    """
+    import datasets
+    import pyarrow as pa
+
+    rows = [{**(record.columns or {}), **added} for record, added in zip(records, extra, strict=True)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    try:  # `from_list` would take the columns of the first row for those of all
+        return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    except (pa.ArrowException, OverflowError) as err:
+        raise DataError(f"the selected rows do not fit into one table: {err}; use their records") from err
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:

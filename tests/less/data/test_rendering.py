@@ -188,11 +188,11 @@ def test_generation_marks_give_the_mask_of_apply_chat_template(tokenizer_with):
 def test_the_date_is_fixed_and_recorded(tokenizer_with):
     dated = (
         "\n{% set form = '%d %B %Y' %}{{ strftime_now(form) }} "
-        "{{ strftime_now('%Y') if strftime_now is defined }}" + REPLIES
+        "{{ strftime_now('%Y') if strftime_now is defined }}{{ '\n' }}{{ '%\\n' }}" + REPLIES
     )
     renderer = Renderer(tokenizer_with(dated), RenderConfig(template_date="2024-02-29"))
     text, _ = renderer.text_and_spans(chat("a", "b"))
-    assert text == "\n29 February 2024 2024a</s>b</s>"
+    assert text == "\n29 February 2024 2024\n%\na</s>b</s>"
     assert renderer.provenance()["template_date"] == "2024-02-29"
     assert Renderer(tokenizer_with("chatml"), RenderConfig()).provenance()["template_date"] is None
     with pytest.raises(SettingError, match="ISO date"):
