@@ -16,6 +16,7 @@ import click
 
 from cli.building import build_datastore_command
 from cli.inspecting import inspect_command
+from cli.preferences import ches_group
 from cli.quickstart import quickstart_command
 from cli.rendering import render_command
 from cli.selecting import select_command
@@ -42,7 +43,8 @@ def gradsift() -> None:
     gradsift build-datastore  gradient features of every row, at every checkpoint
     gradsift select           the rows most influential for the targets
 
-    `gradsift quickstart` runs all three on a small sample.
+    `gradsift quickstart` runs all three on a small sample. `gradsift ches` is about preference pairs: which of
+    them make DPO push probability off the answer that it should prefer.
     """
 
 
@@ -53,6 +55,7 @@ for command in (
     render_command,
     inspect_command,
     quickstart_command,
+    ches_group,
 ):
     gradsift.add_command(command)
 

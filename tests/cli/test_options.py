@@ -1,5 +1,6 @@
 """Every command and option: named as the API names it, with its default, explained, and quick to ask about."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,11 @@ import pytest
 
 from cli.main import gradsift as group
 
-COMMANDS = group.commands
+COMMANDS = {
+    name if inner is command else f"{name} {inner.name}": inner
+    for name, command in group.commands.items()
+    for inner in getattr(command, "commands", {name: command}).values()
+}
 REQUIRED = {
     "warmup": ["--model", "m", "--data", "p", "--output", "o"],
     "build-datastore": ["--model", "m", "--checkpoints", "r", "--data", "p", "--datastore", "d"],
@@ -19,8 +24,11 @@ REQUIRED = {
     "render": ["--model", "m", "--data", "p"],
     "inspect": ["d"],
     "quickstart": [],
+    "ches score": ["--model", "m", "--data", "p", "--output", "o"],
+    "ches report": ["--scored", "s", "--output", "o"],
+    "ches filter": ["--scored", "s", "--output", "o", "--keep-lowest", "0.15"],
 }
-HEAVY = ("torch", "transformers", "peft", "datasets", "faiss", "pyarrow", "numpy", "rich")
+HEAVY = ("torch", "transformers", "peft", "datasets", "faiss", "pyarrow", "numpy", "rich", "matplotlib")
 SHOWN = f"""
 import sys
 from cli.main import main
@@ -55,27 +63,28 @@ def test_every_option_has_help_and_every_command_an_example(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "defaults_of_click"),
+    ("name", "config", "others"),
     [
-        ("warmup", "WarmupConfig", {}),
-        ("build-datastore", "BuildConfig", {"update_rule": ("adam",), "projection": ("sparse",)}),
-        ("select", "ScoreConfig", {}),
+        ("warmup", "less.WarmupConfig", {}),
+        ("build-datastore", "less.BuildConfig", {"update_rule": ("adam",), "projection": ("sparse",)}),
+        ("select", "less.ScoreConfig", {}),
+        ("ches score", "ches.ChesConfig", {}),
+        ("ches filter", "ches.FilterConfig", {"keep_lowest": 0.15}),
     ],
 )
-def test_every_field_of_a_config_is_an_option_with_its_default(name, config, defaults_of_click):
-    import less
-
+def test_every_field_of_a_config_is_an_option_with_its_default(name, config, others):
+    package, config = config.split(".")
     options = parsed(name)
-    for field in fields(getattr(less, config)):
+    for field in fields(getattr(importlib.import_module(package), config)):
         assert field.name in options, f"{config}.{field.name} cannot be reached from `gradsift {name}`"
-        assert options[field.name] == defaults_of_click.get(field.name, field.default), field.name
+        assert options[field.name] == others.get(field.name, field.default), field.name
 
 
 @pytest.mark.parametrize("name", [None, *REQUIRED])
 def test_help_is_quick_fits_the_terminal_and_loads_nothing_heavy(name):
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", SHOWN, *([name] if name else []), "--help"],
+        [sys.executable, "-c", SHOWN, *(name.split() if name else []), "--help"],
         capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "80"},
     )  # fmt: skip
     seconds = time.monotonic() - start
