@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ches.embeddings import can_share_prompts, embed_replies, embed_replies_ref, sequence_tokens
 from ches.measures import ches_scores, ches_terms
-from ches.scores import ChesConfig, PairScorer
+from ches.scoring import ChesConfig, PairScorer
 from ches.tokens import PairRenderer, PairTokens
 from less.data.batching import plan_batches
 from less.data.records import Memory

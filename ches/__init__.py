@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from ches.displacement import DisplacementCallback
     from ches.filtering import FilterConfig, FilterResult, filter_pairs
     from ches.measures import ches_scores
-    from ches.scores import ChesConfig, PairScores, score_pairs
+    from ches.scores import PairScores, score_pairs
+    from ches.scoring import ChesConfig
 
 __all__ = [
     "ChesConfig",
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "ChesConfig": "scores",
+    "ChesConfig": "scoring",
     "DisplacementCallback": "displacement",
     "FilterConfig": "filtering",
     "FilterResult": "filtering",

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ches.embeddings import can_share_prompts, embed_replies, sequence_tokens
-from ches.scores import TOKENS_PER_BATCH
+from ches.scoring import TOKENS_PER_BATCH
 from ches.tokens import PairRenderer, PairTokens
 from ches.unembedding import Unembedding, residual_products
 from datastore import SkippedRow

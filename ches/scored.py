@@ -183,6 +183,8 @@ class Manifest:
     """sha256 and bytes of the scored file."""
     num_scored: int
     """Rows with measures."""
+    num_retries: int
+    """Batches halved for want of GPU memory: it shows in the last digits."""
     rewritten: bool
     """Whether prompt, chosen and rejected were replaced, since DPOTrainer would read the layout otherwise."""
     problems: list[dict[str, Any]]
@@ -246,13 +248,14 @@ def finished(output: Path, settings: Mapping[str, Any]) -> Manifest | None:
         )
     if hash_file(output).sha256 != manifest.output["sha256"]:
         raise ProvenanceError(f"{output} has been changed since it was scored; choose another --output, or delete it")
+    shutil.rmtree(parts_folder(output), ignore_errors=True)  # of a run killed after its very last file
     return manifest
 
 
-def write_scored(output: Path, records: Sequence[Record], columns: Sequence[dict[str, Any]], kind: str) -> None:
-    """Write the rows with their columns, as the input's format or as the output's suffix says."""
+def write_scored(output: Path, records: Sequence[Record], columns: Sequence[dict[str, Any]]) -> None:
+    """Write the rows with their columns."""
     try:
-        write_selected(output, records, columns, kind)
+        write_selected(output, records, columns)
     except OSError as error:
         raise StoreError(f"cannot write {output}: {error.strerror or error}. Choose another --output") from error
 

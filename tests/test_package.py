@@ -36,7 +36,8 @@ def test_the_wheel_holds_every_module(wheel_names):
 
 
 def test_the_wheel_holds_the_data_that_the_commands_and_readers_need(wheel_names):
-    needed = {"datastore/FORMAT.md", "cli/sample/README.md", "cli/templates/pair_report.html.j2", *(f"{package}/py.typed" for package in PACKAGES)}
+    needed = {"datastore/FORMAT.md", "cli/sample/README.md", "cli/templates/pair_report.html.j2"}
+    needed |= {f"{package}/py.typed" for package in PACKAGES}
     sample = {str(path.relative_to(ROOT)) for path in (ROOT / "cli" / "sample").glob("*.jsonl")}
     assert len(sample) == 3
     assert needed | sample <= wheel_names

@@ -90,8 +90,8 @@ def scored_range(first):
         columns=[{"ches": 0.1 * first, "ches_problem": None}, None],
         problems=[{"row": first + 1, "where": "x:2", "id": "x:1", "reason": "not JSON", "detail": "é"}],
         examples=[Example(row=first, values={"ches": 0.1}, chosen={"tokens": ["日"], "ches": [0.1]}, rejected={})],
-        rewritten=False,
         num_retries=0,
+        rewritten=False,
     )
 
 
@@ -164,6 +164,7 @@ def manifest_of(output):
         source={"name": "pairs.jsonl", "num_rows": 2},
         output=asdict(hash_file(output)),
         num_scored=1,
+        num_retries=0,
         rewritten=False,
         problems=scored_range(0).problems,
         examples=[asdict(e) for e in scored_range(0).examples],

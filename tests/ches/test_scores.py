@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ches import ChesConfig, score_pairs
-from ches import scores as module
+from ches import scoring as module
 from ches.scored import MEASURES, Manifest, Parts, columns_of
 from ches.tokens import PairRenderer
 from ches.unembedding import Unembedding
@@ -238,7 +238,7 @@ def test_every_kind_of_source_gives_the_same_scores(score, scored, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ""])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_every_kind_of_output_can_be_scored_again(score, scored, data, tmp_path, kind, suffix):
     import datasets
 
@@ -247,14 +247,19 @@ def test_every_kind_of_output_can_be_scored_again(score, scored, data, tmp_path,
         datasets.Dataset.from_list(ROWS).to_parquet(data)
     output = tmp_path / f"scored{suffix}"
     score(data, output)
-    is_table = output.read_bytes()[:4] == b"PAR1"
-    assert is_table == (suffix == ".parquet" or (suffix == "" and kind == "parquet"))
-    again = output if suffix else output.rename(output.with_suffix(".parquet" if is_table else ".jsonl"))
-    records = list(open_source(again).iter_records())
+    assert (output.read_bytes()[:4] == b"PAR1") == (suffix == ".parquet")
+    records = list(open_source(output).iter_records())
     assert [{**record.columns, "when": None} for record in records] == [
         {**row, **columns, "when": None} for row, columns in zip(ROWS, scored.columns, strict=True)
     ]
-    assert_close(score(again).columns, scored.columns)
+    assert_close(score(output).columns, scored.columns)
+
+
+@pytest.mark.parametrize("name", ["scored", "scored.csv"])
+def test_an_output_that_no_command_could_read_is_refused_at_once(score, data, tmp_path, name):
+    with pytest.raises(SettingError, match=r"ends in .*\.jsonl.*\.parquet"):
+        score(data, tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 # --- bad rows ---

@@ -74,6 +74,7 @@ def write_manifest(scored, **more):
         "source": {"name": "pairs.jsonl", "sha256": "cd" * 32, "num_rows": data.count(b"\n")},
         "output": {"sha256": hashlib.sha256(data).hexdigest(), "num_bytes": len(data)},
         "num_scored": 0,
+        "num_retries": 0,
         "rewritten": False,
         "problems": [],
         "examples": [],
