@@ -241,7 +241,7 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("ches.scored.write_selected", fail)
     with pytest.raises(StoreError, match=r"cannot write .*: No space left on device"):
-        write_scored(tmp_path / "scored.jsonl", [], [], "jsonl")
+        write_scored(tmp_path / "scored.jsonl", [], [])
 
 
 # --- rewritten layouts ---
