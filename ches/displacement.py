@@ -18,12 +18,13 @@ from transformers import TrainerCallback
 from ches.embeddings import can_share_prompts, embed_replies, sequence_tokens
 from ches.scoring import TOKENS_PER_BATCH
 from ches.tokens import PairRenderer, PairTokens
-from ches.unembedding import Unembedding, residual_products
+from ches.unembedding import residual_products
 from datastore import SkippedRow
 from datastore.errors import DataError
 from less.data.batching import run_in_batches
 from less.data.records import RowProblem, open_source, skip
 from less.data.rendering import RenderConfig
+from less.lm_head import Unembedding
 from less.models import context_length
 
 __all__ = ["DisplacementCallback", "ProbeLogps", "pair_log_probs"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ches.tokens import PairTokens, Reply
 from datastore.errors import UnsupportedError
-from less.models import lm_head
+from less.lm_head import lm_head
 
 __all__ = ["Embeddings", "can_share_prompts", "embed_replies", "embed_replies_ref", "sequence_tokens"]
 

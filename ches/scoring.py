@@ -32,12 +32,13 @@ from ches.measures import (
 from ches.pairs import pair_of
 from ches.scored import ATTRIBUTED, MEASURES, PROBLEM, TRUNCATED, Example, ScoredRange, columns_of, extremes
 from ches.tokens import TOKENS, PairRenderer, PairTokens
-from ches.unembedding import Unembedding, residual_products
+from ches.unembedding import residual_products
 from datastore import SkippedRow
 from datastore.errors import SettingError
 from less.data.batching import run_in_batches
 from less.data.records import Record, RowProblem, Source, skip
 from less.data.rendering import RenderConfig
+from less.lm_head import Unembedding
 from less.models import model_fingerprint
 from less.progress import Progress
 from less.provenance import location_of

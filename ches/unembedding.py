@@ -1,87 +1,23 @@
 """What the LM head says of reply tokens: their log-probabilities, and how alike its errors are.
 
-    logits l = cap(s · (W h + b)),   cap(z) = c · tanh(z / c) or z
-    residual r = ∂ log p(y) / ∂(W h) = (e_y − π) ⊙ ∂l/∂(W h),   π = softmax(l)
+    residual r = ∂ log p(y) / ∂(W h) = (e_y − π) ⊙ ∂l/∂(W h),   l the logits, π = softmax(l)
     α_ij = ⟨r_i, r_j⟩ = Σ_v r_iv r_jv
 
 for tokens i, j of one pair. The vocabulary is taken in blocks, with a running maximum as in an online softmax
 (Milakov & Gimelshein 2018): neither logits nor probabilities of all reply tokens over the whole vocabulary exist.
-The model's own logits of a few tokens say whether the formula above is its head; if not, it is refused by name.
+The head itself is `less.lm_head.Unembedding`.
 """
-
-from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from ches.embeddings import Embeddings
-from datastore.errors import UnsupportedError
-from less.models import lm_head
+from less.lm_head import Unembedding
 
-__all__ = ["Unembedding", "residual_products", "residual_products_ref"]
+__all__ = ["residual_products", "residual_products_ref"]
 
 _BLOCK_VALUES = 2**22
 """Logits that exist at a time: 16 MB in float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unembedding:
-    """The LM head as a formula."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    scale: float
-    """s."""
-    cap: float | None
-    """c; None where logits are not capped."""
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, model: nn.Module) -> Self:
-        """The head of `model`.
-
-        Raises:
-            UnsupportedError: the model's logits are not what the formula gives.
-        """
-        config, head = model.config.get_text_config(), lm_head(model)  # type: ignore[operator, union-attr]
-        found = cls(
-            weight_VD=head.weight.detach(),
-            bias_V=None if head.bias is None else head.bias.detach(),
-            scale=(getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
-            cap=getattr(config, "final_logit_softcapping", None),
-        ) if isinstance(head, nn.Linear) else None  # fmt: skip
-        seen: list[Tensor] = []
-        hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
-            logits_TV = model(input_ids=torch.tensor([[5, 9, 6, 7]], device=next(model.parameters()).device)).logits[0]
-        finally:
-            hook.remove()
-        tolerance = 1e-3 if logits_TV.dtype == torch.float32 else 0.01  # of rounding only: it is the same product
-        if found is None or (found.logits(seen[0][0]) - logits_TV).norm() > tolerance * logits_TV.float().norm():
-            raise UnsupportedError(
-                f"{type(model).__name__}: its logits are not those of a linear LM head with scale and soft cap, so "
-                "alpha_ches and logp would be wrong; ask for the other --measures"
-            )
-        return found
-
-    def logits(self, hidden_SD: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """(S, v) float32: logits of the tokens `start` to `stop` of the vocabulary."""
-        bias = None if self.bias_V is None else self.bias_V[start:stop]
-        return self._capped(nn.functional.linear(hidden_SD, self.weight_VD[start:stop], bias).float())
-
-    def logits_of(self, hidden_SD: Tensor, token_K: Tensor) -> Tensor:
-        """(S, K) float32: logits of the tokens named."""
-        bias = None if self.bias_V is None else self.bias_V[token_K]
-        return self._capped(nn.functional.linear(hidden_SD, self.weight_VD[token_K], bias).float())
-
-    def slopes(self, logits: Tensor) -> Tensor | float:
-        """∂l/∂(W h) where the logits are l."""
-        return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap) ** 2)
-
-    def _capped(self, scores: Tensor) -> Tensor:
-        scaled = scores if self.scale == 1 else scores * self.scale
-        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from datastore.errors import UnsupportedError
 from less.data.batching import Batch
-from less.models import lm_head, lora_layers, lora_parameters
+from less.lm_head import Unembedding, find_unembedding, linear_cross_entropy, lm_head
+from less.models import lora_layers, lora_parameters
 
 __all__ = ["BlockSink", "gradients_ref", "per_sample_gradients", "token_losses"]
 
@@ -49,8 +50,9 @@ def per_sample_gradients(model: PeftModel, batch: Batch, sink: BlockSink) -> Ten
             that are not the batch's (routed experts).
     """
     seen: set[str] = set()
+    head = find_unembedding(model, batch.input_ids_BT.numel())  # its trial run is not for the streaming layers
     with _streaming_lora(model, batch.input_ids_BT.shape, sink, seen), torch.enable_grad():
-        losses_B = token_losses(model, batch)
+        losses_B = token_losses(model, batch, head)
         missing = lora_layers(model).keys() - seen
         if missing:
             raise UnsupportedError(
@@ -61,11 +63,17 @@ def per_sample_gradients(model: PeftModel, batch: Batch, sink: BlockSink) -> Ten
     return losses_B.detach()
 
 
-def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+def token_losses(model: nn.Module, batch: Batch, head: Unembedding | None) -> Tensor:
     """Each row's mean negative log-likelihood over its supervised tokens, with its graph.
 
-    The LM head runs only at the positions that predict a supervised token, through a hook on its input, so
-    scaling and soft-capping that a model does after its head stay as the model has them.
+    A hook on the LM head's input takes the positions that predict a supervised token. With a `head` their loss is
+    made from the embeddings and the model's own head gets nothing to do; without, it runs on those positions only,
+    and scaling and soft-capping that the model does after it stay as the model has them.
+
+    Args:
+        model: a causal language model.
+        batch: B rows of T tokens, every row with a supervised token.
+        head: from `less.lm_head.find_unembedding`, where the logits of all those tokens would be too many.
 
     Returns:
         losses_B, float32.
@@ -74,10 +82,12 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     row_S, position_S = targets_BT.nonzero(as_tuple=True)
     token_S = batch.input_ids_BT[:, 1:][row_S, position_S]
     num_supervised_B = targets_BT.sum(dim=1)
+    predicting: list[Tensor] = []
 
     def keep_predicting_positions(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden_BTD, *rest = args
-        return (hidden_BTD[row_S, position_S].unsqueeze(0), *rest)
+        predicting.append(hidden_BTD[row_S, position_S])
+        return (hidden_BTD[:, :0] if head else predicting[0].unsqueeze(0), *rest)
 
     positions = {} if batch.position_ids_BT is None else {"position_ids": batch.position_ids_BT}
     hook = lm_head(model).register_forward_pre_hook(keep_predicting_positions)
@@ -87,7 +97,10 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
         ).logits
     finally:
         hook.remove()
-    nll_S = F.cross_entropy(logits_1SV[0].float(), token_S, reduction="none")
+    if head is None:
+        nll_S = F.cross_entropy(logits_1SV[0].float(), token_S, reduction="none")
+    else:
+        nll_S = linear_cross_entropy(head, predicting[0], token_S)
     weighted_S = nll_S / num_supervised_B[row_S]
     return torch.zeros(len(targets_BT), device=nll_S.device).index_add(0, row_S, weighted_S)
 

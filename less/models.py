@@ -28,13 +28,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from datastore.errors import ModelError, SettingError, UnsupportedError
+from datastore.errors import ModelError, SettingError
 
 __all__ = [
     "ParamLayout",
     "context_length",
     "first_line",
-    "lm_head",
     "load_base_model",
     "load_config",
     "load_tokenizer",
@@ -207,19 +206,6 @@ def context_length(config: PretrainedConfig) -> int | None:
         if isinstance(length := getattr(config, key, None), int) and length > 0:
             return length
     return None
-
-
-def lm_head(model: nn.Module) -> nn.Module:
-    """The module that turns final hidden embeddings into logits; for a PEFT model, its base's.
-
-    Raises:
-        UnsupportedError: there is none.
-    """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = base.get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        raise UnsupportedError(f"{type(base).__name__} has no LM head; expected a causal language model")
-    return head
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -36,6 +36,7 @@ from less.data.records import RowProblem, Source, open_source, skip
 from less.data.rendering import RenderConfig, Rendered, Renderer
 from less.data.writing import write_lines
 from less.gradients import token_losses
+from less.lm_head import find_unembedding
 from less.models import context_length, load_base_model, load_tokenizer, model_fingerprint
 from less.progress import Progress
 from less.provenance import location_of
@@ -289,7 +290,8 @@ class _RowMeanTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         for piece in plan_batches([self.rendered[row].num_tokens for row in rows], self.tokens_per_batch):
             batch = collate(self.rendered, [rows[i] for i in piece])
-            loss = token_losses(model, batch.to(self.args.device)).sum() / len(rows)
+            head = find_unembedding(model, batch.input_ids_BT.numel())
+            loss = token_losses(model, batch.to(self.args.device), head).sum() / len(rows)
             loss.backward()
             total += loss.detach()
             if self.bar:

@@ -15,7 +15,7 @@ from ches import embeddings as module
 from ches.embeddings import can_share_prompts, embed_replies, embed_replies_ref, sequence_tokens
 from ches.tokens import PairTokens, Reply
 from datastore.errors import UnsupportedError
-from less.models import lm_head
+from less.lm_head import lm_head
 
 VOCABULARY = 61
 SIZE = {

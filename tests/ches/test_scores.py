@@ -19,7 +19,6 @@ from ches import ChesConfig, score_pairs
 from ches import scoring as module
 from ches.scored import MEASURES, Manifest, Parts, columns_of
 from ches.tokens import PairRenderer
-from ches.unembedding import Unembedding
 from datastore.errors import (
     CheckpointError,
     DataError,
@@ -32,7 +31,7 @@ from datastore.errors import (
     UnsupportedError,
 )
 from less.data import RenderConfig, open_source
-from less.models import lm_head
+from less.lm_head import Unembedding, lm_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:(datasets|dill|multiprocess|pyarrow|pandas).*")
 

@@ -12,9 +12,9 @@ from ches import unembedding as module
 from ches.embeddings import Embeddings, embed_replies
 from ches.measures import alpha_ches_terms
 from ches.tokens import PairTokens, Reply
-from ches.unembedding import Unembedding, residual_products, residual_products_ref
+from ches.unembedding import residual_products, residual_products_ref
 from datastore.errors import UnsupportedError
-from less.models import lm_head
+from less.lm_head import Unembedding, lm_head
 
 VOCABULARY = 601  # no multiple of the least block of 256
 SIZE = {

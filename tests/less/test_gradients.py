@@ -22,6 +22,7 @@ from less.adapters import adapted_model
 from less.data.batching import collate, plan_batches
 from less.data.rendering import Rendered
 from less.gradients import gradients_ref, per_sample_gradients, token_losses
+from less.lm_head import find_unembedding
 from less.models import ParamLayout, model_fingerprint
 
 SMALL = {
@@ -98,6 +99,29 @@ def test_gradients_equal_autograd_of_each_row_alone(name, tmp_path):
     assert blocks.keys() == expected.keys()
     assert torch.allclose(losses_B, expected_losses_B, rtol=1e-5)
     assert relative_error(blocks, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_are_exact_where_the_logits_never_exist_at_once(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("less.lm_head._LOGITS_AT_ONCE", 5 * 97)
+    base, folder = saved_adapter(ARCHITECTURES[name], tmp_path, fan_in_fan_out=name == "gpt2-conv1d")
+    with adapted_model(base, folder) as model:
+        batch = collate(random_rows(), range(5), pad_id=0)
+        losses_B, blocks = streamed(model, batch)
+        expected_losses_B, expected = gradients_ref(model, batch)
+        assert find_unembedding(model, 6) is not None
+    assert torch.allclose(losses_B, expected_losses_B, rtol=1e-5)
+    assert relative_error(blocks, expected) < 1e-5
+
+
+def test_gradients_of_a_model_whose_head_is_no_formula_are_exact_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("less.lm_head._LOGITS_AT_ONCE", 0)
+    base, folder = saved_adapter(ARCHITECTURES["llama"], tmp_path)
+    base.lm_head = torch.nn.Sequential(base.lm_head, torch.nn.Tanh())
+    with adapted_model(base, folder) as model:
+        batch = collate(random_rows(), range(5), pad_id=0)
+        _, blocks = streamed(model, batch)
+        assert relative_error(blocks, gradients_ref(model, batch)[1]) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -181,7 +205,7 @@ def test_the_loss_is_the_mean_over_a_rows_supervised_tokens(adapted):
             "labels": labels_BT[at : at + 1, : row.num_tokens],
         }
         expected.append(adapted(**one).loss.item())
-    assert token_losses(adapted, batch).tolist() == pytest.approx(expected, rel=1e-5)
+    assert token_losses(adapted, batch, None).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_bfloat16_weights_keep_float32_gradients_near_the_exact_ones(tmp_path):
