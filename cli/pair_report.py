@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -295,9 +296,9 @@ def _verdict(table: _Table, main: str, made: _Making | None) -> Iterator[str]:
     if num_scored < _FEW_PAIRS:
         yield f"Correlations say little here: only {_count(num_scored, 'pair')} could be compared."
     yield _on_length_difference(table, main)
-    for name in LENGTHS[1:]:
-        if abs(rho := table.rho(main, name)) >= _CLOSELY:
-            yield f"`{main}` follows {name.replace('length_', 'the length of the ')} reply {_spearman(rho)}."
+    for name, length in product(table.measures, LENGTHS[1:]):
+        if abs(rho := table.rho(name, length)) >= _CLOSELY:
+            yield f"`{name}` follows {length.replace('length_', 'the length of the ')} reply {_spearman(rho)}."
     others = [(name, table.rho_of_risk(main, name)) for name in table.measures if name != main]
     if unlike := [f"`{name}` ({_signed(rho)})" for name, rho in others if rho < _LITTLE]:
         yield f"`{main}`, which ranks the pairs below, agrees little with {_listed(unlike)}: what is risky differs."
@@ -314,8 +315,9 @@ def _on_length_difference(table: _Table, main: str) -> str:
         return f"No measure follows the length difference closely; `{name}` does so most {_spearman(rhos[name])}."
     names = _listed([f"`{name}` {_spearman(rhos[name])}" for name in close])
     follow, order = ("follows", "its order is") if len(close) == 1 else ("follow", "their orders are")
-    others = [name for name in (*ATTRIBUTED, main) if abs(rhos.get(name, math.nan)) < _CLOSELY]
-    instead = _listed([f"`{name}` ({_signed(rhos[name])})" for name in dict.fromkeys(others)], "or")
+    known = [name for name in dict.fromkeys((*ATTRIBUTED, main)) if not math.isnan(rhos.get(name, math.nan))]
+    others = [name for name in known if all(not abs(table.rho(name, length)) >= _CLOSELY for length in LENGTHS)]
+    instead = _listed([f"`{name}` ({_signed(rhos[name])})" for name in others], "or")
     return (
         f"{names} {follow} the length difference closely: {order} largely one by length. Rank within strata of length "
         f"(`gradsift ches filter --length-strata`){f', or by {instead}' if instead else ''}."

@@ -514,6 +514,14 @@ class TestVerdict:
             said.append(abs(rho) >= 0.7)
         assert {*said} == {True, False}
 
+    def test_never_advises_a_measure_that_follows_the_length_of_a_reply(self, show):
+        rows = [{**row, "ches": row["length_difference"], "ln_ches": -row["length_chosen"]} for row in pairs(60)]
+        show(rows)
+        (advice,) = [s for s in show.report.verdict if "Rank within strata" in s]
+        assert "`ln_ches`" not in advice
+        assert "`alpha_ches`" in advice
+        assert "`ln_ches` follows the length of the chosen reply (Spearman −1.00)." in show.report.verdict
+
     def test_stands_on_the_page_with_its_thresholds(self, show):
         page = show(pairs(50))
         for sentence in show.report.verdict:
