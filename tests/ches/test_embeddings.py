@@ -269,3 +269,21 @@ def test_the_budget_counts_the_padded_tokens_of_a_pair():
     pair = pair_of_sizes(10, 4, 7)
     assert sequence_tokens(pair, share_prompts=True) == 10 + 4 + 7
     assert sequence_tokens(pair, share_prompts=False) == 2 * (10 + 7)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma2, window of 16", "qwen3_next"])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_gpu_gives_the_embeddings_of_the_cpu(name, sharing):
+    model = build(name)
+    sharing = sharing and can_share_prompts(model)
+    expected = embed_replies(model, PAIRS[:-1], share_prompts=sharing).hidden_SD
+    found = embed_replies(model.cuda(), PAIRS[:-1], share_prompts=sharing).hidden_SD.cpu()
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_a_gpu_shares_prompts_in_either_dtype():
+    model = build("llama").cuda()
+    assert can_share_prompts(model)
+    assert can_share_prompts(model.bfloat16())

@@ -861,3 +861,8 @@ def test_the_scored_tokenizer_is_not_changed(score, tiny_model_folder):
     before = (tokenizer.chat_template, tokenizer.padding_side, len(tokenizer))
     score(ROWS[:3], tokenizer=tokenizer, chat_template="chatml")
     assert (tokenizer.chat_template, tokenizer.padding_side, len(tokenizer)) == before
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_scores_of_the_cpu(score, scored, tiny_model_folder):
+    assert_close(score(ROWS, model=tiny_model_folder, device="cuda", dtype="float32").columns, scored.columns, 1e-4)
