@@ -1,0 +1,103 @@
+"""Texts and numbers as a report shows them: cut, made visible, with sensible digits."""
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup, escape
+from numpy.typing import NDArray
+
+__all__ = [
+    "CHARS_SHOWN",
+    "beginning",
+    "count_of",
+    "cut",
+    "decimal",
+    "digits_of",
+    "in_brackets",
+    "listed",
+    "pictured",
+    "quoted_as_code",
+    "signed",
+]
+
+CHARS_SHOWN = 4000
+"""Of a text."""
+_CHARS_OF_THE_END = 1000
+
+
+def beginning(text: str, width: int) -> str:
+    """As one line; the page cuts it where its own width ends."""
+    flat = " ".join(text[: 4 * width].split())
+    return flat if len(flat) <= width else f"{flat[:width]}…"
+
+
+def cut(text: str) -> str:
+    """A text, without its middle if it is too long for the page."""
+    left_out = len(text) - CHARS_SHOWN
+    if left_out <= 0:
+        return text
+    head, tail = text[: CHARS_SHOWN - _CHARS_OF_THE_END], text[-_CHARS_OF_THE_END:]
+    return f"{head}\n[… {left_out:,} characters left out …]\n{tail}"
+
+
+_UNUSUAL = re.compile(r"[^\x20-\x7e\n\t]")
+_JOINERS = "\u200c\u200d"  # Persian and emoji need them
+
+
+def pictured(value: Any) -> Any:
+    """Text with a picture or a number for each character that has no shape of its own or turns others around."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else _UNUSUAL.sub(_picture, value)
+
+
+def _picture(match: re.Match[str]) -> str:
+    character = match[0]
+    code, category = ord(character), unicodedata.category(character)
+    if (category[0] == "C" and character not in _JOINERS) or category in ("Zl", "Zp"):
+        return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
+    return character
+
+
+def quoted_as_code(sentence: str) -> Markup:
+    """`name` → <code>name</code>."""
+    parts = [escape(part) for part in sentence.split("`")]
+    return Markup("").join(Markup("<code>{}</code>").format(part) if n % 2 else part for n, part in enumerate(parts))
+
+
+def digits_of(values: NDArray[np.float64]) -> int | None:
+    """Decimals that show four digits of the larger values, none of counts; None where that asks for powers of ten."""
+    if np.all(values == np.round(values)) and np.all(np.abs(values) < 1e9):
+        return 0
+    exponent = math.floor(math.log10(float(np.quantile(np.abs(values), 0.75)) or 1.0))
+    return min(max(3 - exponent, 0), 6) if -4 < exponent < 9 else None
+
+
+def decimal(value: float, digits: int | None, *, sign: bool = False) -> str:
+    """A number for people: `−12,345`, `0.125`, `1.250e−07`; `–` for NaN."""
+    if math.isnan(value):
+        return "–"
+    style = ".3e" if digits is None else f",.{digits}f"
+    return f"{value:{'+' if sign else ''}z{style}}".replace("-", "−")
+
+
+def signed(rho: float) -> str:
+    """A correlation, to two digits."""
+    return decimal(rho, 2)
+
+
+def in_brackets(rho: float) -> str:
+    """`(Spearman 0.95)`."""
+    return f"(Spearman {signed(rho)})"
+
+
+def count_of(number: int, what: str) -> str:
+    """`1 pair`, `1,024 pairs`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def listed(names: Sequence[str], last: str = "and") -> str:
+    """`a, b and c`."""
+    return f" {last} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
