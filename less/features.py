@@ -5,8 +5,8 @@
 g is the per-sample gradient of the LoRA parameters (`less.gradients`), Γ the direction in which Adam would
 step with it (`less.adam`), Π one random projection P → K for both sides and every checkpoint
 (`less.projection`); LESS, Xia et al. 2024, §4.1. Γ is elementwise and Π is linear, so both are applied to a
-parameter's block while the backward pass is still on its way to the next. What the features mean together
-is `less.influence`'s business.
+parameter's block while the backward pass is still on its way to the next: `Projector.add_updates_`, on a GPU
+one kernel. What the features mean together is `less.influence`'s business.
 """
 
 from collections.abc import Sequence
@@ -89,27 +89,26 @@ def gradient_features(model: PeftModel, batch: Batch, feature_sets: Sequence[Fea
     Args:
         model: a LoRA model from `less.models.adapted_model`.
         batch: B rows.
-        feature_sets: made ready for the checkpoint whose adapter the model carries.
+        feature_sets: one or more, made ready for the checkpoint whose adapter the model carries.
 
     Raises:
         UnsupportedError: see `less.gradients.per_sample_gradients`.
     """
     num_rows, device = batch.input_ids_BT.shape[0], batch.input_ids_BT.device
-    grad_squares_B = torch.zeros(num_rows, device=device)
-    update_squares_B = {fs.name: torch.zeros(num_rows, device=device) for fs in feature_sets}
-    features_BK = {fs.name: torch.zeros(num_rows, fs.projector.dim, device=device) for fs in feature_sets}
+    sums = {fs.name: fs.projector.new_sums(num_rows, device) for fs in feature_sets}
 
-    def add_block(name: str, grads_BP: Tensor) -> None:
-        grad_squares_B.add_(_squared_norms(grads_BP))
-        for i, fs in enumerate(feature_sets):
-            own_BP = grads_BP if i == len(feature_sets) - 1 else grads_BP.clone()
-            updates_BP = fs.rules[name].apply_(own_BP)
-            update_squares_B[fs.name].add_(_squared_norms(updates_BP))
-            fs.projector.project_add_(features_BK[fs.name], updates_BP, name)
+    def add_block(name: str, grads_Bp: Tensor) -> None:
+        for fs in feature_sets:  # φ += Π Γ(g), with ‖g‖² and ‖Γ‖²
+            wanted_again = fs is not feature_sets[-1]
+            fs.projector.add_updates_(sums[fs.name], grads_Bp, name, fs.rules[name], keep=wanted_again)
 
     losses_B = per_sample_gradients(model, batch, add_block)
-    update_norms_B = {name: squares_B.sqrt() for name, squares_B in update_squares_B.items()}
-    return BatchFeatures(losses_B, grad_squares_B.sqrt(), update_norms_B, features_BK)
+    return BatchFeatures(
+        losses_B=losses_B,
+        grad_norms_B=sums[feature_sets[0].name].grad_norms_B,
+        update_norms_B={name: own.update_norms_B for name, own in sums.items()},
+        features_BK={name: own.features_BK for name, own in sums.items()},
+    )
 
 
 def shared_direction(feature_set: FeatureSet, layout: ParamLayout, device: torch.device) -> Tensor:
@@ -123,7 +122,3 @@ def shared_direction(feature_set: FeatureSet, layout: ParamLayout, device: torch
         nothing_1P = torch.zeros(1, size, device=device)
         feature_set.projector.project_add_(direction_1K, feature_set.rules[name].apply_(nothing_1P), name)
     return direction_1K[0]
-
-
-def _squared_norms(block_BP: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(block_BP, dim=1).square()

@@ -4,6 +4,7 @@
     projector.py    Projector, what every projection does; NoProjection
     sparse.py       one signed non-zero a coordinate, without scatter: the default
     rademacher.py   dense ±1/√K, generated on the fly: what the paper used
+    kernels.py      both as Triton kernels, for CUDA
     hashing.py      the counter-based randomness under both
 
 One Π serves all checkpoints, candidates and targets. It is a function of (seed, parameter name, index) and of

@@ -23,13 +23,14 @@ class RademacherProjector(Projector):
     """Needs no memory between calls; each call generates the parameter's p×K signs anew."""
 
     def _add_(self, out_BK: Tensor, block_Bp: Tensor, name: str) -> None:
-        device = block_Bp.device
+        device, key = block_Bp.device, make_key(self.config.seed, name, "rademacher")
+        if self._runs_kernels(device):
+            from less.projection import kernels
+
+            return kernels.add_rademacher_(out_BK, block_Bp, key)
         # 4 MB of signs stay in a CPU's cache; a GPU wants fewer and larger launches
         tile_rows = max(1, (2**20 if device.type == "cpu" else 2**24) // self.dim)
-        words_p = hash_index(
-            make_key(self.config.seed, name, "rademacher"),
-            torch.arange(self._num_rows(name), device=device),
-        )
+        words_p = hash_index(key, torch.arange(self._num_rows(name), device=device))
         sum_BK = torch.zeros_like(out_BK)
         for tile_Bt, words_t in zip(block_Bp.split(tile_rows, dim=1), words_p.split(tile_rows), strict=True):
             sum_BK.addmm_(tile_Bt, _signs(words_t, self.dim))
