@@ -63,9 +63,11 @@ def test_the_python_example_of_a_selection_runs_as_it_stands(here, tiny_model_fo
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:(datasets|dill|multiprocess|pyarrow|pandas).*")
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")  # TRL 1.16's own default
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")  # TRL's own default
 def test_the_python_example_of_training_on_pairs_runs_as_it_stands(here, tiny_model_folder):
-    code = blocks("python")[1].replace('output_dir="dpo"', 'output_dir="dpo", use_cpu=True, bf16=False, report_to="none"')
+    code = blocks("python")[1].replace(
+        'output_dir="dpo"', 'output_dir="dpo", use_cpu=True, bf16=False, report_to="none"'
+    )
     variables = run(code, tiny_model_folder)
     assert len(variables["kept"].dataset) == 2
     assert any("displacement/chosen_losing" in entry for entry in variables["trainer"].state.log_history)
