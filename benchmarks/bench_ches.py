@@ -35,6 +35,7 @@ def main() -> None:
     """Measure, and write the table."""
     parser = options(__doc__)
     parser.add_argument("--model")
+    parser.add_argument("--label", help="what to call the model on the page; the folder's name by default")
     parser.add_argument("--data")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
@@ -69,7 +70,7 @@ def main() -> None:
     report = {
         "what": "seconds to score preference pairs, and the ratio to two padded batches with logits",
         "case": {
-            "model": "made up" if args.smoke else str(args.model).rstrip("/").split("/")[-1],
+            "model": "made up" if args.smoke else args.label or str(args.model).rstrip("/").split("/")[-1],
             "dtype": str(model.dtype).removeprefix("torch."),
             "pairs": len(pairs),
             "prompt_tokens": prompts,
