@@ -121,13 +121,7 @@ def embed_replies(
         for place in row.predicting
     ]
     replies = [(pair.chosen, pair.rejected) for pair in pairs]
-    tokens = [
-        token
-        for pair in replies
-        for reply in pair
-        for token, counts in zip(reply.input_ids, reply.counted, strict=True)
-        if counts
-    ]
+    tokens = [token for both in replies for reply in both for token in reply.counted_ids]
     return Embeddings(
         hidden_SD=hidden_BTD.flatten(0, 1)[torch.tensor(place_S, device=device)],
         token_S=torch.tensor(tokens, device=device),
