@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from harness import machine, options, timed, write_report
+from harness import machine, machine_in_words, options, table, timed, write_report
 from torch import Tensor
 
 from ches.embeddings import can_share_prompts, embed_replies, embed_replies_ref, sequence_tokens
@@ -174,21 +174,15 @@ def tiny_case() -> tuple[Any, Any, list[dict]]:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    case, where = report["case"], report["machine"]
+    case = report["case"]
     lines = [
         f"# Scoring {case['pairs']} pairs with {case['model']}",
         "",
         f"{case['dtype']}, {case['prompt_tokens']:,} prompt and {case['reply_tokens']:,} reply tokens (sharing prompts "
         f"leaves {case['tokens_shared_over_apart']:.2f} of them), budget {case['tokens_per_batch']:,}, median of "
-        f"{case['rounds']} interleaved rounds. {where['gpu'] or where['cpu']}, {where['threads']} of {where['cores']} "
-        "cores; " + ", ".join(f"{name} {v}" for name, v in where["versions"].items()) + ".",
+        f"{case['rounds']} interleaved rounds. " + machine_in_words(report["machine"]),
         "",
-        "| way | seconds | ratio | ratios of the rounds |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| {name} | {found['seconds']:.2f} | {found['ratio']:.2f} | {', '.join(map(str, found['ratios']))} |"
-            for name, found in report["results"].items()
-        ),
+        *table(report["results"]),
     ]
     return "\n".join(lines) + "\n"
 

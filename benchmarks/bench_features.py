@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import machine, options, timed, write_report
+from harness import machine, machine_in_words, options, table, timed, write_report
 
 from datastore import Datastore
 from less import build_datastore, warmup
@@ -158,22 +158,16 @@ def measure(model: Any, tokenizer: Any, rows: list[dict], folder: Path, args: An
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    case, where = report["case"], report["machine"]
+    case = report["case"]
     lines = [
         f"# Features of {case['rows']} rows with {case['model']}",
         "",
         f"{case['dtype']}, LoRA rank {case['lora_rank']} on all linear layers ({case['num_params']:,} parameters), "
         f"`adam`, sparse, K = {case['proj_dim']:,}; {case['tokens']:,} tokens, {case['supervised_tokens']:,} "
         f"supervised, {case['padded_tokens']:,} with padding; median of {case['rounds']} interleaved rounds. "
-        f"{where['gpu'] or where['cpu']}, {where['threads']} of {where['cores']} cores; "
-        + ", ".join(f"{name} {v}" for name, v in where["versions"].items()) + ".",
+        + machine_in_words(report["machine"]),
         "",
-        "| way | seconds | ratio | ratios of the rounds |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| {name} | {found['seconds']:.2f} | {found['ratio']:.2f} | {', '.join(map(str, found['ratios']))} |"
-            for name, found in report["results"].items()
-        ),
+        *table(report["results"]),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 

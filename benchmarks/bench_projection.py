@@ -19,7 +19,7 @@ from math import sqrt
 from typing import Any
 
 import torch
-from harness import machine, options, timed, write_report
+from harness import machine, machine_in_words, options, timed, write_report
 from torch import Tensor
 
 from less.adam import PreparedRule, UpdateRule
@@ -224,7 +224,7 @@ def check(found: dict[str, Features | None], dense_dim: int) -> None:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    case, where = report["case"], report["machine"]
+    case = report["case"]
     megabytes = {name: num_bytes / 1e6 for name, num_bytes in case["bytes_a_batch"].items()}
     lines = [
         f"# Γ and Π of {case['rows']} rows: {case['layers']}, rank {case['rank']}",
@@ -232,9 +232,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"{case['parameters']} parameters, P = {case['grad_dim']:,}, K = {case['proj_dim']:,} (rademacher: "
         f"{case['dense_dim']}). A batch's floor is {megabytes['sparse']:,.1f} MB read; the copy moves "
         f"{megabytes['copy']:,.1f} MB. Seconds are of {case['batches']} batch(es), median of {case['rounds']} "
-        f"interleaved rounds. {where['gpu'] or where['cpu']}, {where['threads']} of {where['cores']} cores; "
-        + ", ".join(f"{name} {v}" for name, v in where["versions"].items())
-        + ".",
+        "interleaved rounds. " + machine_in_words(report["machine"]),
         "",
         "| way | seconds | ratio to a copy | ratios of the rounds | GB/s |",
         "| --- | --- | --- | --- | --- |",

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["machine", "options", "timed", "write_report"]
+__all__ = ["machine", "machine_in_words", "options", "table", "timed", "write_report"]
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -81,6 +81,24 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "gradsift")},
     }
+
+
+def machine_in_words(where: dict[str, Any]) -> str:
+    """What `machine` found, as the end of a paragraph."""
+    versions = ", ".join(f"{name} {v}" for name, v in where["versions"].items())
+    return f"{where['gpu'] or where['cpu']}, {where['threads']} of {where['cores']} cores; {versions}."
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[str]:
+    """The lines of a page's table of what `timed` found."""
+    return [
+        "| way | seconds | ratio | ratios of the rounds |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {name} | {found['seconds']:.2f} | {found['ratio']:.2f} | {', '.join(map(str, found['ratios']))} |"
+            for name, found in results.items()
+        ),
+    ]
 
 
 def write_report(report: dict[str, Any], page: str, path: Path | None) -> None:
