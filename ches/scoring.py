@@ -7,14 +7,11 @@ numbers whenever it is computed. What a measure means is left to `measures`, the
 """
 
 import math
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -41,7 +38,7 @@ from less.data.rendering import RenderConfig
 from less.lm_head import Unembedding
 from less.models import model_fingerprint
 from less.progress import Progress
-from less.provenance import location_of
+from less.provenance import location_of, running_on
 
 __all__ = ["TOKENS_PER_BATCH", "ChesConfig", "Measured", "PairScorer"]
 
@@ -131,17 +128,11 @@ class PairScorer:
 
     def environment(self, model: Any, adapter: str | Path | None) -> dict[str, Any]:
         """Where things lay and what ran, as JSON."""
-        device = self.model.device
         return {
             "model": location_of(base_of(model)),
             "adapter": None if adapter is None else location_of(Path(adapter)),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "threads": torch.get_num_threads(),
             "shares_prompts": self.shares_prompts,
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers", "peft", "gradsift")},
-            },
+            **running_on(self.model.device),
         }
 
     def score_range(self, source: Source, rows: range, bar: Progress) -> ScoredRange:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.options import output_options
-from cli.showing import one_line, show_skipped, show_table, table
+from cli.showing import one_line, show_numbers, show_skipped, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -95,7 +95,7 @@ def _show_quantiles(result: "FilterResult") -> None:
     for name, group in result.summary.items():
         shown = ["–"] * len(QUANTILES) if group.quantiles is None else [format(v, style) for v in group.quantiles]
         view.add_row(name, f"{group.num_rows:,}", *shown)
-    _show_numbers(view)
+    show_numbers(view)
 
 
 def _show_lengths(result: "FilterResult") -> None:
@@ -105,14 +105,7 @@ def _show_lengths(result: "FilterResult") -> None:
     for name, group in result.summary.items():
         means = [group.mean_lengths[column] for column in LENGTHS]
         view.add_row(name, *("–" if mean is None else f"{mean:,.1f}" for mean in means))
-    _show_numbers(view)
-
-
-def _show_numbers(view: Any) -> None:
-    for column in view.columns[1:]:
-        column.justify = "right"
-    show_table(view)
-    click.echo()
+    show_numbers(view)
 
 
 def _style(values: "Iterable[float]") -> str:

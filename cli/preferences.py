@@ -16,7 +16,7 @@ from cli.options import (
     strict_option,
 )
 from cli.reporting import report_command
-from cli.showing import show_skipped, show_table, table
+from cli.showing import show_numbers, show_skipped, table
 
 __all__ = ["ches_group"]
 
@@ -74,12 +74,13 @@ def score_command(quiet: bool, debug: bool, **options: Any) -> None:
     """
     hush_libraries(quiet)
     from ches import score_pairs
+    from ches.scored import TRUNCATED
 
     result = score_pairs(progress=not quiet, **options)
     if quiet:
         return
-    show_skipped([row for row in result.problems if row.reason != "truncated reply"], result.num_rows, what="pairs")
-    num_cut = sum(row.reason == "truncated reply" for row in result.problems)
+    show_skipped([row for row in result.problems if row.reason != TRUNCATED], result.num_rows, what="pairs")
+    num_cut = sum(row.reason == TRUNCATED for row in result.problems)
     if num_cut:
         click.echo(
             f"note: {num_cut:,} of {result.num_rows:,} pairs with a reply cut at the length limit: scored, and marked"
@@ -100,12 +101,9 @@ def _show_quantiles(columns: Any) -> None:
     import numpy as np
 
     view = table("scores", "measure", *(f"{q}%" for q in _QUANTILES))
-    for column in view.columns[1:]:
-        column.justify = "right"
     for name in columns[0]:
         values = [row[name] for row in columns if isinstance(row[name], int | float)]
         if values:
             cuts = np.percentile(values, _QUANTILES)
             view.add_row(name, *(f"{x:,.4g}" if abs(x) < 1e4 else f"{x:.2e}" for x in cuts))
-    show_table(view)
-    click.echo()
+    show_numbers(view)

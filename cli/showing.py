@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["console", "human_bytes", "one_line", "show_skipped", "show_table", "table", "visible"]
+__all__ = ["console", "human_bytes", "one_line", "show_numbers", "show_skipped", "show_table", "table", "visible"]
 
 _EXAMPLES_SHOWN = 3
 _NUMBERS = ("rank", "rows", "score", "step", "weight")
@@ -47,6 +47,14 @@ def show_table(view: "Table") -> None:
         out.print(view)
     for line in capture.get().splitlines():
         click.echo(line.rstrip())
+
+
+def show_numbers(view: "Table") -> None:
+    """Print a table whose columns but the first are numbers, and an empty line."""
+    for column in view.columns[1:]:
+        column.justify = "right"
+    show_table(view)
+    click.echo()
 
 
 def show_skipped(skipped: Sequence[Any], num_rows: int | None, what: str = "rows") -> None:

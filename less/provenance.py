@@ -32,6 +32,7 @@ __all__ = [
     "record_environment",
     "record_settings",
     "recorded_projector",
+    "running_on",
 ]
 
 
@@ -98,6 +99,13 @@ def record_environment(
         "tokenizer": location_of(model if tokenizer is None else tokenizer),
         "checkpoints": [str(checkpoint.path.resolve()) for checkpoint in checkpoints],
         "rendering": asdict(rendering) | {"chat_template": template and location_of(template)},
+        **running_on(device),
+    }
+
+
+def running_on(device: torch.device) -> dict[str, Any]:
+    """The machine and versions that compute, as JSON."""
+    return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "versions": {
