@@ -25,7 +25,7 @@ from ches.embeddings import can_share_prompts, embed_replies, embed_replies_ref,
 from ches.measures import ches_scores, ches_terms
 from ches.scoring import ChesConfig, PairScorer
 from ches.tokens import PairRenderer, PairTokens
-from less.data.batching import plan_batches
+from less.data.batching import BatchBudget, plan_batches
 from less.data.records import Memory
 from less.data.rendering import RenderConfig
 from less.models import load_base_model, load_tokenizer
@@ -94,7 +94,7 @@ def by_batches(model: Any, pairs: Sequence[PairTokens], budget: int, *, logits: 
     """The chosen replies and the rejected ones, each as padded batches of the same pairs."""
     scores = [0.0] * len(pairs)
     width = [len(p.prompt_ids) + max(len(p.chosen.input_ids), len(p.rejected.input_ids)) for p in pairs]
-    for members in plan_batches(width, budget):
+    for members in plan_batches(width, BatchBudget.on(model.device, budget)):
         states = []
         for side in ("chosen", "rejected"):
             sequences = [pairs[n].prompt_ids + getattr(pairs[n], side).input_ids for n in members]
@@ -124,7 +124,7 @@ def by_us(
     scorer = PairScorer(model, renderer, ChesConfig(measures=measures))
     lengths = [sequence_tokens(pair, share_prompts=scorer.shares_prompts) for pair in pairs]
     scores = [0.0] * len(pairs)
-    for members in plan_batches(lengths, budget):
+    for members in plan_batches(lengths, BatchBudget.on(model.device, budget)):
         for n, found in zip(members, scorer.measure([pairs[n] for n in members]), strict=True):
             scores[n] = found.values["ches"]
     return scores

@@ -26,7 +26,7 @@ from datastore import Datastore
 from less import build_datastore, warmup
 from less.adam import UpdateRule
 from less.adapters import adapted_model
-from less.data import RenderConfig, Renderer, collate, plan_batches
+from less.data import BatchBudget, RenderConfig, Renderer, collate, plan_batches
 from less.data.records import Memory
 from less.gradients import gradients_ref
 from less.models import ParamLayout, context_length, load_base_model, load_tokenizer
@@ -77,7 +77,7 @@ def measure(model: Any, tokenizer: Any, rows: list[dict], folder: Path, args: An
     checkpoint = run.checkpoints[-1]
     renderer = Renderer(tokenizer, RenderConfig(chat_template=template), context_length=context_length(model.config))
     rendered = [renderer.render_record(record) for record in Memory(rows).iter_records()]
-    batches = plan_batches([row.num_tokens for row in rendered], args.tokens_per_batch)
+    batches = plan_batches([row.num_tokens for row in rendered], BatchBudget.on(model.device, args.tokens_per_batch))
     stores = itertools.count()
 
     def plain() -> None:

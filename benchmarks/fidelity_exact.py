@@ -5,7 +5,8 @@
 FOLDER holds `pool.jsonl` (its first `--rows` are used), `target_dolly.jsonl` and `target_gsm8k.jsonl` (every
 second target is used). For each update rule:
 
-    gradient error   batched gradients against autograd, a row at a time: worst ‖g - g_ref‖ / ‖g_ref‖
+    gradient error   batched gradients against autograd, a row at a time: worst ‖g - g_ref‖ / ‖g_ref‖; for `sign`,
+                     coordinates that rounding decides (below 1e-5 of the row's root mean square) count as stored
     step error       Γ against (θ_before - θ_after) / lr of one float64 step of torch.optim.AdamW (adam only)
     score error      scores of an unprojected store against the definition in float64: worst |difference|
     bias             of projected inner products, mean over seeds, in units of its standard error 1/√(K·seeds)
@@ -44,6 +45,7 @@ NUM_SEEDS = 20
 NUM_DENSE_SEEDS = 5
 FRACTION = 0.05
 STEPPED_ROWS = 20  # rows that a real optimizer steps with
+ROUNDING = 1e-5  # of a row's root mean square coordinate
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ def measure_rule(rule: str, store: Datastore, exact: Exact, targets: list[dict],
         stored_NP.append(torch.from_numpy(np.concatenate(blocks)))
         moments = flat_moments(exact, c)
         gammas_NP.append(update_direction_ref(rule, exact.grads_NP[c], *moments, **constants(exact.states[c])))
+        if rule == "sign":
+            gammas_NP[c] = torch.where(signless(exact.grads_NP[c]), stored_NP[c].double().sign(), gammas_NP[c])
     expected_NJ = scores_of(gammas_NP, exact.targets_MP, exact)
     found = score(datastore=store, targets=targets, feature_set=name, progress=False)
     result = {
@@ -151,6 +155,11 @@ def measure_rule(rule: str, store: Datastore, exact: Exact, targets: list[dict],
         )
     result |= projected(exact, gammas_NP, expected_NJ, proj_dim)
     return result
+
+
+def signless(grads_NP: torch.Tensor) -> torch.Tensor:
+    """Where a coordinate lies below the rounding of a gradient: its sign there is whichever the rounding left."""
+    return grads_NP.abs() < ROUNDING * grads_NP.square().mean(dim=1, keepdim=True).sqrt()
 
 
 def projected(exact: Exact, gammas_NP: list[torch.Tensor], expected_NJ: np.ndarray, proj_dim: int) -> dict:

@@ -16,12 +16,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ches.embeddings import can_share_prompts, embed_replies, sequence_tokens
-from ches.scoring import TOKENS_PER_BATCH
 from ches.tokens import PairRenderer, PairTokens
 from ches.unembedding import residual_products
 from datastore import SkippedRow
 from datastore.errors import DataError
-from less.data.batching import run_in_batches
+from less.data.batching import BatchBudget, run_in_batches
 from less.data.records import RowProblem, open_source, skip
 from less.data.rendering import RenderConfig
 from less.lm_head import Unembedding
@@ -155,5 +154,5 @@ def pair_log_probs(
             log_probs_N2[n] = [float(log_probs_S[span].sum()) for span in spans]
 
     lengths = [sequence_tokens(pair, share_prompts=sharing) for pair in pairs]
-    run_in_batches(lengths, tokens_per_batch or TOKENS_PER_BATCH.get(device.type, 2048), compute)
+    run_in_batches(lengths, BatchBudget.on(device, tokens_per_batch), compute)
     return log_probs_N2[:, 0], log_probs_N2[:, 1]

@@ -32,7 +32,7 @@ from ches.tokens import TOKENS, PairRenderer, PairTokens
 from ches.unembedding import residual_products
 from datastore import SkippedRow
 from datastore.errors import SettingError
-from less.data.batching import run_in_batches
+from less.data.batching import BatchBudget, run_in_batches
 from less.data.records import Record, RowProblem, Source, skip
 from less.data.rendering import RenderConfig
 from less.lm_head import Unembedding
@@ -40,10 +40,7 @@ from less.models import model_fingerprint
 from less.progress import Progress
 from less.provenance import location_of, running_on
 
-__all__ = ["TOKENS_PER_BATCH", "ChesConfig", "Measured", "PairScorer"]
-
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
-"""Default budget by device type: large enough to fill it."""
+__all__ = ["ChesConfig", "Measured", "PairScorer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +103,7 @@ class PairScorer:
 
     def __init__(self, model: PreTrainedModel | PeftModel, renderer: PairRenderer, config: ChesConfig) -> None:
         self.model, self.renderer, self.config = model, renderer, config
-        self.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH.get(model.device.type, 2048)
+        self.budget = BatchBudget.on(model.device, config.tokens_per_batch)
         self.measures = config.measure_names
         self.head = Unembedding.of(model) if {"alpha_ches", "logp"} & {*self.measures} else None
         self.shares_prompts = can_share_prompts(model)
@@ -121,7 +118,7 @@ class PairScorer:
             },
             "rendering": self.renderer.provenance(),
             "measures": list(self.measures),
-            "tokens_per_batch": self.tokens_per_batch,
+            "tokens_per_batch": self.budget.max_tokens,
             "shard_rows": self.config.shard_rows,
             "source": {"sha256": source.sha256, "num_rows": source.num_rows},
         }
@@ -166,7 +163,7 @@ class PairScorer:
             bar.advance(len(members), sum(pairs[n].num_tokens for n in members))
 
         lengths = [sequence_tokens(pair, share_prompts=self.shares_prompts) for pair in pairs]
-        num_retries = run_in_batches(lengths, self.tokens_per_batch, compute)
+        num_retries = run_in_batches(lengths, self.budget, compute)
         examples = []
         for n, record in enumerate(records):
             values = measured[n].values

@@ -26,7 +26,7 @@ __all__ = ["build_datastore_command"]
     required=True,
     multiple=True,
     metavar="RUN",
-    help="A run folder (all its checkpoint-*) or a checkpoint folder; may be repeated.",
+    help="A run folder (all its checkpoint-*), RUN:last (its last one) or a checkpoint folder; may be repeated.",
 )
 @click.option(
     "--data",
@@ -52,6 +52,13 @@ __all__ = ["build_datastore_command"]
 )
 @click.option("--proj-dim", default=8192, show_default=True, metavar="K", help="Dimensions kept.")
 @click.option("--seed", default=0, show_default=True, metavar="S", help="Of the projection.")
+@click.option(
+    "--layers",
+    default="all",
+    show_default=True,
+    metavar="all|last:N|REGEX",
+    help="Whose gradients count: of all LoRA layers, of the last N blocks (cheaper), or of those whose name matches.",
+)
 @click.option(
     "--checkpoint-weights",
     type=CommaList(float),

@@ -60,7 +60,8 @@ def find_checkpoints(paths: Sequence[str | Path], weights: Sequence[float] | Non
     the list, else at the run's start.
 
     Args:
-        paths: run folders (all their `checkpoint-<step>`), or single checkpoint or adapter folders.
+        paths: run folders (all their `checkpoint-<step>`; `RUN:last` for the last one alone), or single checkpoint or
+            adapter folders.
         weights: one for each checkpoint found, in place of the learning rates; normalised.
 
     Raises:
@@ -140,8 +141,10 @@ class _TrainingLog:
 
 
 def _checkpoint_folders(path: Path) -> list[Path]:
+    if path.name.endswith(":last") and not path.exists():
+        return _checkpoint_folders(path.with_name(path.name.removesuffix(":last")))[-1:]
     if not path.is_dir():
-        raise CheckpointError(f"no checkpoint at {path}; expected a run folder or a checkpoint folder")
+        raise CheckpointError(f"no checkpoint at {path}; expected a run folder, RUN:last or a checkpoint folder")
     steps = {p: int(p.name[11:]) for p in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)}
     if not steps and not (path / ADAPTER_CONFIG).is_file():
         raise CheckpointError(

@@ -87,9 +87,9 @@ def gradient_features(model: PeftModel, batch: Batch, feature_sets: Sequence[Fea
     """One forward and one backward pass of a batch, for every feature set at once.
 
     Args:
-        model: a LoRA model from `less.models.adapted_model`.
+        model: a LoRA model from `less.adapters.adapted_model`.
         batch: B rows.
-        feature_sets: one or more, made ready for the checkpoint whose adapter the model carries.
+        feature_sets: one or more, made ready for the checkpoint whose adapter the model carries, of one layout.
 
     Raises:
         UnsupportedError: see `less.gradients.per_sample_gradients`.
@@ -102,7 +102,7 @@ def gradient_features(model: PeftModel, batch: Batch, feature_sets: Sequence[Fea
             wanted_again = fs is not feature_sets[-1]
             fs.projector.add_updates_(sums[fs.name], grads_Bp, name, fs.rules[name], keep=wanted_again)
 
-    losses_B = per_sample_gradients(model, batch, add_block)
+    losses_B = per_sample_gradients(model, batch, add_block, feature_sets[0].projector.layout.layers)
     return BatchFeatures(
         losses_B=losses_B,
         grad_norms_B=sums[feature_sets[0].name].grad_norms_B,

@@ -12,7 +12,7 @@ exists. What is made of a block is `less.features`' business. `gradients_ref` is
 row at a time, through PEFT's own forward.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,38 +26,41 @@ from torch import Tensor, nn
 from datastore.errors import UnsupportedError
 from less.data.batching import Batch
 from less.lm_head import Unembedding, find_unembedding, linear_cross_entropy, lm_head
-from less.models import lora_layers, lora_parameters
+from less.models import layer_of, lora_layers, lora_parameters
 
 __all__ = ["BlockSink", "gradients_ref", "per_sample_gradients", "token_losses"]
 
 BlockSink = Callable[[str, Tensor], None]
 """Takes a parameter's name and its (B, p) float32 gradients; may overwrite them, must not keep them."""
 
+_WAY_OUT = "leave it out of target_modules in training, or choose other --layers"
 
-def per_sample_gradients(model: PeftModel, batch: Batch, sink: BlockSink) -> Tensor:
+
+def per_sample_gradients(
+    model: PeftModel, batch: Batch, sink: BlockSink, layers: Collection[str] | None = None
+) -> Tensor:
     """Run one batch forward and backward, handing each parameter's per-sample gradients to `sink`.
 
     Args:
-        model: a LoRA model from `less.models.adapted_model`, in evaluation mode.
+        model: a LoRA model from `less.adapters.adapted_model`, in evaluation mode.
         batch: B rows of T tokens, every row with a supervised token.
         sink: called once for each LoRA parameter, last layer first, within the backward pass.
+        layers: the LoRA layers whose gradients are wanted, None for all; the backward pass ends at the first of them.
 
     Returns:
         losses_B: each row's mean negative log-likelihood over its supervised tokens, float32.
 
     Raises:
-        UnsupportedError: a LoRA layer is called twice in one forward pass, is not called, or sees rows
+        UnsupportedError: a LoRA layer among them is called twice in one forward pass, is not called, or sees rows
             that are not the batch's (routed experts).
     """
-    seen: set[str] = set()
+    unseen = set(lora_layers(model) if layers is None else layers)
     head = find_unembedding(model, batch.input_ids_BT.numel())  # its trial run is not for the streaming layers
-    with _streaming_lora(model, batch.input_ids_BT.shape, sink, seen), torch.enable_grad():
+    with _streaming_lora(model, batch.input_ids_BT.shape, sink, unseen), torch.enable_grad():
         losses_B = token_losses(model, batch, head)
-        missing = lora_layers(model).keys() - seen
-        if missing:
+        if unseen:
             raise UnsupportedError(
-                f"{min(missing)}: this LoRA layer takes no part in the forward pass, so it has no gradient; "
-                "leave it out of target_modules"
+                f"{min(unseen)}: this LoRA layer takes no part in the forward pass, so it has no gradient; {_WAY_OUT}"
             )
         losses_B.sum().backward()
     return losses_B.detach()
@@ -78,15 +81,14 @@ def token_losses(model: nn.Module, batch: Batch, head: Unembedding | None) -> Te
     Returns:
         losses_B, float32.
     """
-    targets_BT = batch.supervised_BT[:, 1:]
-    row_S, position_S = targets_BT.nonzero(as_tuple=True)
-    token_S = batch.input_ids_BT[:, 1:][row_S, position_S]
-    num_supervised_B = targets_BT.sum(dim=1)
+    row_S, position_S = batch.predicted_S2.T
+    token_S = batch.input_ids_BT[row_S, position_S]
+    num_predicted_B = batch.supervised_BT[:, 1:].sum(dim=1)
     predicting: list[Tensor] = []
 
     def keep_predicting_positions(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden_BTD, *rest = args
-        predicting.append(hidden_BTD[row_S, position_S])
+        predicting.append(hidden_BTD[row_S, position_S - 1])
         return (hidden_BTD[:, :0] if head else predicting[0].unsqueeze(0), *rest)
 
     positions = {} if batch.position_ids_BT is None else {"position_ids": batch.position_ids_BT}
@@ -101,8 +103,8 @@ def token_losses(model: nn.Module, batch: Batch, head: Unembedding | None) -> Te
         nll_S = F.cross_entropy(logits_1SV[0].float(), token_S, reduction="none")
     else:
         nll_S = linear_cross_entropy(head, predicting[0], token_S)
-    weighted_S = nll_S / num_supervised_B[row_S]
-    return torch.zeros(len(targets_BT), device=nll_S.device).index_add(0, row_S, weighted_S)
+    nll_BT = nll_S.new_zeros(batch.input_ids_BT.shape).index_put((row_S, position_S), nll_S)  # no order to sum in
+    return nll_BT.sum(dim=1) / num_predicted_B
 
 
 def gradients_ref(model: PeftModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -113,7 +115,7 @@ def gradients_ref(model: PeftModel, batch: Batch) -> tuple[Tensor, dict[str, Ten
     """
     parameters = lora_parameters(model)
     losses, grads = [], []
-    with _requiring_grad(list(parameters.values())), torch.enable_grad():
+    with _requiring_grad(dict.fromkeys(parameters.values(), True)), torch.enable_grad():
         for ids_T, mask_T, supervised_T in zip(
             batch.input_ids_BT, batch.attention_mask_BT.bool(), batch.supervised_BT, strict=True
         ):
@@ -130,8 +132,8 @@ def gradients_ref(model: PeftModel, batch: Batch) -> tuple[Tensor, dict[str, Ten
 class _StreamingLora(torch.autograd.Function):
     """base + s · B A x, whose backward pass gives per-sample weight gradients to a sink instead of autograd.
 
-    It computes no gradient of x where nothing before it is adapted, which ends the backward pass at the
-    first adapted layer.
+    A and B require a gradient where theirs is wanted. No gradient of x is computed where none before it is, which
+    ends the backward pass at the first layer that is wanted.
     """
 
     @staticmethod
@@ -140,7 +142,8 @@ class _StreamingLora(torch.autograd.Function):
         sink_a: Callable[[Tensor], None], sink_b: Callable[[Tensor], None],
     ) -> Tensor:  # fmt: skip
         h_BTR = scaling * (x_BTI.to(a_RI.dtype) @ a_RI.T)
-        ctx.save_for_backward(x_BTI, h_BTR, a_RI, b_OR)
+        kept = (x_BTI, h_BTR) if ctx.needs_input_grad[2] else (None, None)
+        ctx.save_for_backward(*kept, a_RI, b_OR)
         ctx.scaling, ctx.sink_a, ctx.sink_b = scaling, sink_a, sink_b
         return (base_BTO + h_BTR @ b_OR.T).to(base_BTO.dtype)
 
@@ -149,30 +152,32 @@ class _StreamingLora(torch.autograd.Function):
         (grad_BTO,) = grad_outputs
         x_BTI, h_BTR, a_RI, b_OR = ctx.saved_tensors
         grad32_BTO = grad_BTO.to(b_OR.dtype)
-        ctx.sink_b((grad32_BTO.mT @ h_BTR).flatten(1))  # (B, O·R)
         grad_h_BTR = ctx.scaling * (grad32_BTO @ b_OR)
-        ctx.sink_a((grad_h_BTR.mT @ x_BTI.to(a_RI.dtype)).flatten(1))  # (B, R·I)
-        grad_x_BTI = (grad_h_BTR @ a_RI).to(x_BTI.dtype) if ctx.needs_input_grad[1] else None
+        if x_BTI is not None:
+            ctx.sink_b((grad32_BTO.mT @ h_BTR).flatten(1))  # (B, O·R)
+            ctx.sink_a((grad_h_BTR.mT @ x_BTI.to(a_RI.dtype)).flatten(1))  # (B, R·I)
+        grad_x_BTI = (grad_h_BTR @ a_RI).to(grad_BTO.dtype) if ctx.needs_input_grad[1] else None
         return grad_BTO, grad_x_BTI, None, None, None, None, None
 
 
 @contextmanager
-def _streaming_lora(model: PeftModel, shape_BT: torch.Size, sink: BlockSink, seen: set[str]) -> Iterator[None]:
-    """Within it, every LoRA layer of `model` runs `_StreamingLora`."""
-    layers = lora_layers(model)
+def _streaming_lora(model: PeftModel, shape_BT: torch.Size, sink: BlockSink, unseen: set[str]) -> Iterator[None]:
+    """Within it, every LoRA layer of `model` runs `_StreamingLora`; those of `unseen` leave it as they are called."""
+    layers, wanted = lora_layers(model), frozenset(unseen)
 
     def forward(name: str, layer: LoraLayer, x_BTI: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if name in seen:
-            raise UnsupportedError(
-                f"{name}: this LoRA layer is called twice in one forward pass; its update direction is not a "
-                "sum over the calls. Leave it out of target_modules"
-            )
-        if x_BTI.shape[:-1] != shape_BT:
-            raise UnsupportedError(
-                f"{name}: this LoRA layer sees rows of shape {tuple(x_BTI.shape)}, expected "
-                f"{tuple(shape_BT)} tokens: routed experts are not supported. Leave it out of target_modules"
-            )
-        seen.add(name)
+        if name in wanted:
+            if name not in unseen:
+                raise UnsupportedError(
+                    f"{name}: this LoRA layer is called twice in one forward pass, and its update direction is not a "
+                    f"sum over the calls; {_WAY_OUT}"
+                )
+            if x_BTI.shape[:-1] != shape_BT:
+                raise UnsupportedError(
+                    f"{name}: this LoRA layer sees rows of shape {tuple(x_BTI.shape)}, expected "
+                    f"{tuple(shape_BT)} tokens: routed experts are not supported; {_WAY_OUT}"
+                )
+            unseen.remove(name)
         base_BTO = layer.base_layer(x_BTI, *args, **kwargs)
         adapter = layer.active_adapters[0]
         return _StreamingLora.apply(
@@ -181,7 +186,8 @@ def _streaming_lora(model: PeftModel, shape_BT: torch.Size, sink: BlockSink, see
         )  # fmt: skip
 
     # The weights take no gradient from autograd; requiring one is what makes it record the graph.
-    with _requiring_grad(list(lora_parameters(model).values())), _exact_float32():
+    wants_grad = {p: layer_of(name) in wanted for name, p in lora_parameters(model).items()}
+    with _requiring_grad(wants_grad), _exact_float32():
         for name, layer in layers.items():
             layer.forward = partial(forward, name, layer)
         try:
@@ -192,15 +198,15 @@ def _streaming_lora(model: PeftModel, shape_BT: torch.Size, sink: BlockSink, see
 
 
 @contextmanager
-def _requiring_grad(parameters: list[Tensor]) -> Iterator[None]:
-    before = [p.requires_grad for p in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+def _requiring_grad(required: dict[Tensor, bool]) -> Iterator[None]:
+    before = {parameter: parameter.requires_grad for parameter in required}
+    for parameter, required_now in required.items():
+        parameter.requires_grad_(required_now)
     try:
         yield
     finally:
-        for parameter, required in zip(parameters, before, strict=True):
-            parameter.requires_grad_(required)
+        for parameter, required_before in before.items():
+            parameter.requires_grad_(required_before)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ mean nothing without the order of parameters that it fixes. Putting an adapter o
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -32,8 +33,10 @@ from datastore.errors import ModelError, SettingError
 
 __all__ = [
     "ParamLayout",
+    "choose_layers",
     "context_length",
     "first_line",
+    "layer_of",
     "load_base_model",
     "load_config",
     "load_tokenizer",
@@ -57,10 +60,20 @@ class ParamLayout:
     shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, model: nn.Module) -> "ParamLayout":
-        """The layout of `model`'s LoRA parameters, in `named_parameters` order."""
-        parameters = lora_parameters(model)
+    def of(cls, model: nn.Module, layers: str = "all") -> "ParamLayout":
+        """The layout of `model`'s LoRA parameters, in `named_parameters` order, or of those in some `layers`.
+
+        Raises:
+            SettingError: see `choose_layers`.
+        """
+        chosen = choose_layers(list(lora_layers(model)), layers)
+        parameters = {name: p for name, p in lora_parameters(model).items() if layer_of(name) in chosen}
         return cls(tuple(parameters), tuple(tuple(p.shape) for p in parameters.values()))
+
+    @cached_property
+    def layers(self) -> frozenset[str]:
+        """The LoRA layers that the parameters belong to."""
+        return frozenset(map(layer_of, self.names))
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -239,6 +252,39 @@ def lora_parameters(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if "lora_" in name
     }
+
+
+def layer_of(parameter: str) -> str:
+    """The LoRA layer that a parameter belongs to."""
+    return parameter.rpartition(".lora_")[0]
+
+
+def choose_layers(names: Sequence[str], layers: str) -> frozenset[str]:
+    """Those of the LoRA layers `names` that `layers` asks for.
+
+    Args:
+        names: as PEFT has them, such as `base_model.model.model.layers.3.self_attn.q_proj`.
+        layers: `all`; `last:N`, those in the last N blocks, a block being known by the first number in a name; or a
+            regular expression that is searched in the names.
+
+    Raises:
+        SettingError: there are no N blocks, it is no regular expression, or it finds none.
+    """
+    if layers == "all":
+        return frozenset(names)
+    if last := re.fullmatch(r"last:(\d+)", layers):
+        block_of = {name: int(number[0]) for name in names if (number := re.search(r"(?<=\.)\d+(?=\.)", name))}
+        blocks = sorted(set(block_of.values()))
+        if not 1 <= int(last[1]) <= len(blocks):
+            raise SettingError(f"layers {layers}: the adapter is on {len(blocks)} blocks, expected last:1 to that many")
+        return frozenset(name for name, block in block_of.items() if block in blocks[-int(last[1]) :])
+    try:
+        found = frozenset(name for name in names if re.search(layers, name))
+    except re.error as err:
+        raise SettingError(f"layers {layers!r}: not all, last:N or a regular expression ({err})") from err
+    if not found:
+        raise SettingError(f"layers {layers!r}: found in none of the LoRA layers' names, such as {names[0]}")
+    return found
 
 
 def first_line(err: BaseException) -> str:

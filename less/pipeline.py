@@ -1,16 +1,16 @@
 """From a pool and its checkpoints to a sealed datastore.
 
 For each checkpoint, for each range of `shard_rows` source rows: compute one shard for each feature set
-(`less.row_ranges`) and write it. What the store has already is not computed again, so a build that was killed
-goes on where it was, and a store grows by the rows that are new. What a shard looks like on disk is
-`datastore`'s business, how features are computed `less.features`'.
+(`less.row_ranges`) and write it, while the next range is rendered. What the store has already is not computed
+again, so a build that was killed goes on where it was, and a store grows by the rows that are new. What a shard
+looks like on disk is `datastore`'s business, how features are computed `less.features`'.
 """
 
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore, DatastoreWriter, ShardKey, SkippedRow, SourceEntry, check_free_space
 from datastore.errors import DataError, SettingError, StoreError
+from datastore.overlap import WriteBehind, read_ahead
 from less.adam import NEEDS_MOMENTS, UPDATE_RULES
 from less.adapters import adapted_model, load_adapter_weights
 from less.checkpoints import Checkpoint, find_checkpoints
+from less.data.batching import BatchBudget
 from less.data.records import Source, open_source
 from less.data.rendering import RenderConfig, Renderer
 from less.features import FeatureSet, FeatureSetConfig, shared_direction
@@ -31,15 +33,12 @@ from less.moments import AdamState, load_adam_state
 from less.progress import Progress
 from less.projection import ProjectionConfig, make_projector
 from less.provenance import constants_of, location_of, record_environment, record_settings
-from less.row_ranges import compute_shards
+from less.row_ranges import RowRange, compute_shards, render_range
 
 if TYPE_CHECKING:
     import datasets
 
 __all__ = ["BuildConfig", "BuildResult", "build_datastore"]
-
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
-"""Default budget by device type: large enough to fill it, small enough for its memory at 7B."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +55,9 @@ class BuildConfig:
     """Chooses Π."""
     max_length: int = 2048
     """Tokens a row; longer rows are cut at the end."""
+    layers: str = "all"
+    """LoRA layers whose gradients count: all, last:N (those of the last N blocks; the backward pass ends there), or a
+    regular expression searched in their names."""
     system_prompt: str = "keep"
     """keep, none, or the text to put in place of each row's own."""
     chat_template: str | None = None
@@ -228,8 +230,8 @@ class _Builder:
     ) -> None:
         self.config, self.model, self.renderer, self.progress = config, model, renderer, progress
         self.checkpoints = {checkpoint.name: checkpoint for checkpoint in checkpoints}
-        self.layout, self.device = ParamLayout.of(model), model.device
-        self.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 2048)
+        self.layout, self.device = ParamLayout.of(model, config.layers), model.device
+        self.budget = BatchBudget.on(self.device, config.tokens_per_batch)
         projectors = {
             projection: make_projector(projection, self.layout)
             for projection in dict.fromkeys(fs.projection for fs in config.feature_sets)
@@ -241,10 +243,11 @@ class _Builder:
         return record_settings(
             base=self.model.get_base_model(),
             layout=self.layout,
+            layers=self.config.layers,
             renderer=self.renderer,
             adam={checkpoint: constants_of(self._moments(checkpoint)) for checkpoint in self.checkpoints.values()},
             feature_sets={fs: (self.projectors[fs], self._dtype(fs)) for fs in self.config.feature_sets},
-            tokens_per_batch=self.tokens_per_batch,
+            tokens_per_batch=self.budget.max_tokens,
         )
 
     def write_missing(self, writer: DatastoreWriter, sources: dict[int, Source]) -> int:
@@ -256,30 +259,36 @@ class _Builder:
         tasks = [_Task(list(keys)) for _, keys in groupby(missing, key=_Task.place)]
         num_rows = sum(len(task.rows) for task in tasks)
         directions = writer.missing_directions()
-        with Progress(total=num_rows, description="gradients", enabled=self.progress) as bar:
+        with (
+            Progress(total=num_rows, description="gradients", enabled=self.progress) as bar,
+            WriteBehind() as write_behind,
+        ):
+
+            def render(task: _Task) -> RowRange:
+                return render_range(sources[task.source], task.rows, self.renderer, strict=self.config.strict)
+
+            rendered = read_ahead(tasks, render)
             for name, checkpoint in self.checkpoints.items():
-                own = [task for task in tasks if task.checkpoint == name]
-                if not own and name not in {at for _, at in directions}:
+                num_tasks = sum(task.checkpoint == name for task in tasks)
+                if not num_tasks and name not in {at for _, at in directions}:
                     continue
                 feature_sets = self._prepare(checkpoint)
                 for fs in feature_sets:
                     if (fs.name, name) in directions:
                         direction_K = shared_direction(fs, self.layout, self.device)
-                        writer.write_direction(fs.name, name, direction_K.cpu().numpy())
-                for task in own:
+                        write_behind(writer.write_direction, fs.name, name, direction_K.cpu().numpy())
+                for task, rows in islice(rendered, num_tasks):
                     shards = compute_shards(
-                        sources[task.source],
-                        task.rows,
-                        renderer=self.renderer,
+                        rows,
                         model=self.model,
                         feature_sets=[fs for fs in feature_sets if fs.name in task.keys],
                         dtypes={fs.name: self._dtype(fs) for fs in self.projectors},
-                        tokens_per_batch=self.tokens_per_batch,
+                        budget=self.budget,
                         strict=self.config.strict,
                         bar=bar,
                     )
                     for feature_set, shard in shards.items():
-                        writer.write_shard(task.keys[feature_set], shard)
+                        write_behind(writer.write_shard, task.keys[feature_set], shard)
         return num_rows
 
     def _prepare(self, checkpoint: Checkpoint) -> list[FeatureSet]:
@@ -293,7 +302,7 @@ class _Builder:
     def _moments(self, checkpoint: Checkpoint) -> AdamState | None:
         if NEEDS_MOMENTS.isdisjoint(self.config.update_rules):
             return None
-        return load_adam_state(checkpoint.path, self.model, self.layout)
+        return load_adam_state(checkpoint.path, self.model, ParamLayout.of(self.model))
 
     def _dtype(self, feature_set: FeatureSetConfig) -> str:
         """The stored dtype of a feature set: an unprojected one is for checking, so it keeps float32."""

@@ -40,6 +40,7 @@ def record_settings(
     *,
     base: PreTrainedModel,
     layout: ParamLayout,
+    layers: str,
     renderer: Renderer,
     adam: Mapping[Checkpoint, dict[str, Any] | None],
     feature_sets: Mapping[FeatureSetConfig, tuple[Projector, str]],
@@ -49,6 +50,7 @@ def record_settings(
 
     Args:
         base, layout, renderer: the model, the order of its LoRA parameters, and how rows become tokens.
+        layers: which LoRA layers the layout is of.
         adam: Adam's constants at each checkpoint, None where no update rule needs them.
         feature_sets: the projector and the stored dtype of each.
         tokens_per_batch: it decides which rows share a batch, and so the last bits of a feature.
@@ -58,6 +60,7 @@ def record_settings(
             "fingerprint": model_fingerprint(base),
             "param_layout": layout.hash,
             "num_params": layout.num_params,
+            "layers": layers,
             "dtype": str(base.dtype).removeprefix("torch."),
         },
         "rendering": renderer.provenance(),

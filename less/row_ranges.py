@@ -1,4 +1,4 @@
-"""One range of a source's rows at one checkpoint: render, batch by length, compute features, make shards.
+"""One range of a source's rows: rendered; then, at a checkpoint, batched by length, features computed, shards made.
 
 Batches are a function of the range alone and never cross it, so the same range gives the same shards to the
 byte, whenever it is computed. When a batch does not fit into a GPU's memory it is halved, which shows in the
@@ -17,55 +17,79 @@ from peft import PeftModel
 from torch import Tensor
 
 from datastore import Shard, SkippedRow
-from less.data.batching import collate, run_in_batches
+from less.data.batching import BatchBudget, collate, run_in_batches
 from less.data.records import Record, RowProblem, Source, skip
 from less.data.rendering import Rendered, Renderer
 from less.features import FeatureSet, gradient_features
 from less.progress import Progress
 
-__all__ = ["compute_shards"]
+__all__ = ["RowRange", "compute_shards", "render_range"]
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """The rows of one range; `records` and `rendered` run in parallel."""
+
+    records: list[Record]
+    """Those that can be used."""
+    rendered: list[Rendered]
+    """Their tokens."""
+    skipped: list[SkippedRow]
+    """The others."""
+
+
+def render_range(source: Source, rows: range, renderer: Renderer, *, strict: bool) -> RowRange:
+    """Read and render the rows of a range.
+
+    Args:
+        source: where the rows come from.
+        rows: their numbers.
+        renderer: makes tokens of them.
+        strict: a row that cannot be used is an error.
+
+    Raises:
+        RowError: a row cannot be used, under `strict`.
+    """
+    found = RowRange([], [], [])
+    for record in source.iter_records(rows.start, rows.stop):
+        try:
+            found.rendered.append(renderer.render_record(record))
+            found.records.append(record)
+        except RowProblem as problem:
+            found.skipped.append(skip(record, problem, strict=strict))
+    return found
 
 
 def compute_shards(
-    source: Source,
-    rows: range,
+    rows: RowRange,
     *,
-    renderer: Renderer,
     model: PeftModel,
     feature_sets: Sequence[FeatureSet],
     dtypes: Mapping[str, str],
-    tokens_per_batch: int,
+    budget: BatchBudget,
     strict: bool,
     bar: Progress,
 ) -> dict[str, Shard]:
     """The shard of each feature set, from one backward pass over the rows.
 
     Args:
-        source: where the rows come from.
-        rows: their numbers.
-        renderer: makes tokens of them.
+        rows: from `render_range`.
         model: a LoRA model, carrying the checkpoint's adapter.
         feature_sets: made ready for the checkpoint.
         dtypes: stored dtype of each feature set.
-        tokens_per_batch: padded tokens in one batch.
-        strict: a row that cannot be used is an error.
+        budget: of a batch.
+        strict: a row whose gradient is zero or not finite is an error.
         bar: told of rows and tokens as they are done.
 
     Raises:
-        RowError: a row cannot be used, under `strict`.
+        RowError: a row has no direction, under `strict`.
         UnsupportedError: see `less.gradients.per_sample_gradients`.
     """
-    records: list[Record] = []
-    rendered: list[Rendered] = []
-    skipped: list[SkippedRow] = []
-    for record in source.iter_records(rows.start, rows.stop):
-        try:
-            rendered.append(renderer.render_record(record))
-            records.append(record)
-        except RowProblem as problem:
-            skipped.append(skip(record, problem, strict=strict))
-    bar.advance(len(skipped))
-    results = {fs.name: _Results.empty(len(records), fs.projector.dim, dtypes[fs.name]) for fs in feature_sets}
+    records, rendered = rows.records, rows.rendered
+    bar.advance(len(rows.skipped))
+    results = {
+        fs.name: _Results.empty(len(records), fs.projector.dim, dtypes[fs.name], model.device) for fs in feature_sets
+    }
 
     def compute(members: list[int]) -> None:
         batch = collate(rendered, members)
@@ -75,25 +99,27 @@ def compute_shards(
             result.put(members, features.features_BK[name], *numbers)
         bar.advance(len(members), batch.num_tokens)
 
-    num_retries = run_in_batches([row.num_tokens for row in rendered], tokens_per_batch, compute)
+    num_retries = run_in_batches([row.num_tokens for row in rendered], budget, compute)
     shards = {}
     for name, result in results.items():
-        problems = result.problems()
+        units_NK, numbers_4N = result.units_NK.cpu().numpy(), result.numbers_4N.cpu().numpy()
+        problems = _problems(numbers_4N)
         bad = [skip(records[n], problem, strict=strict) for n, problem in problems.items()]
         kept = [n for n in range(len(records)) if n not in problems]
+        norms_N, losses_N, grad_norms_N, update_norms_N = numbers_4N[:, kept]
         shards[name] = Shard(
-            features_NK=result.units_NK[kept],
-            norms_N=result.norms_N[kept],
-            grad_norms_N=result.grad_norms_N[kept],
-            update_norms_N=result.update_norms_N[kept],
-            losses_N=result.losses_N[kept],
+            features_NK=units_NK[kept] if problems else units_NK,
+            norms_N=norms_N,
+            grad_norms_N=grad_norms_N,
+            update_norms_N=update_norms_N,
+            losses_N=losses_N,
             num_tokens_N=np.array([rendered[n].num_tokens for n in kept], np.int32),
             num_supervised_N=np.array([rendered[n].num_supervised for n in kept], np.int32),
             truncated_N=np.array([rendered[n].truncated for n in kept], bool),
             rows_N=np.array([records[n].number for n in kept], np.int64),
             digests_N=np.array([_digest(rendered[n]) for n in kept], np.uint64),
             ids=[records[n].id for n in kept],
-            skipped=sorted(skipped + bad, key=lambda row: row.row),
+            skipped=sorted(rows.skipped + bad, key=lambda row: row.row),
             notes={"oom_retries": num_retries} if num_retries else {},
         )
     return shards
@@ -101,18 +127,20 @@ def compute_shards(
 
 @dataclass(frozen=True)
 class _Results:
-    """What the rows of one shard gave so far, at their places in the shard whatever the batches."""
+    """What the rows of one shard gave so far, at their places in the shard whatever the batches.
 
-    units_NK: NDArray[np.floating]
-    norms_N: NDArray[np.float32]
-    losses_N: NDArray[np.float32]
-    grad_norms_N: NDArray[np.float32]
-    update_norms_N: NDArray[np.float32]
+    On the model's device until the shard is done: to fetch a batch's would wait for it, with nothing queued behind.
+    """
+
+    units_NK: Tensor
+    numbers_4N: Tensor
+    """‖φ‖, loss, ‖g‖ and ‖Γ‖, float32."""
 
     @classmethod
-    def empty(cls, num_rows: int, dim: int, dtype: str) -> "_Results":
+    def empty(cls, num_rows: int, dim: int, dtype: str, device: torch.device) -> "_Results":
         """Room for `num_rows` rows."""
-        return cls(np.empty((num_rows, dim), dtype), *np.empty((4, num_rows), np.float32))
+        units_NK = torch.empty(num_rows, dim, dtype=getattr(torch, dtype), device=device)
+        return cls(units_NK, torch.empty(4, num_rows, device=device))
 
     def put(
         self,
@@ -124,24 +152,19 @@ class _Results:
     ) -> None:
         """Take in one batch."""
         norms_B = torch.linalg.vector_norm(features_BK, dim=1)
-        self.units_NK[rows] = (features_BK / norms_B[:, None]).cpu().numpy()
-        for ours_N, theirs_B in (
-            (self.norms_N, norms_B),
-            (self.losses_N, losses_B),
-            (self.grad_norms_N, grad_norms_B),
-            (self.update_norms_N, update_norms_B),
-        ):
-            ours_N[rows] = theirs_B.cpu().numpy()
+        at_B = torch.tensor(rows, pin_memory=features_BK.is_cuda).to(features_BK.device, non_blocking=True)
+        self.units_NK[at_B] = (features_BK / norms_B[:, None]).to(self.units_NK.dtype)
+        self.numbers_4N[:, at_B] = torch.stack([norms_B, losses_B, grad_norms_B, update_norms_B])
 
-    def problems(self) -> dict[int, RowProblem]:
-        """The rows without a direction: their loss or gradient is not finite, or their feature is zero."""
-        found = {}
-        numbers = np.stack([self.losses_N, self.grad_norms_N, self.update_norms_N, self.norms_N])
-        for n in np.flatnonzero(~np.isfinite(numbers).all(axis=0) | (self.norms_N == 0)).tolist():
-            loss, grad, update, norm = numbers[:, n].tolist()
-            reason = "zero norm" if norm == 0 else "not finite"
-            found[n] = RowProblem(reason, f"loss {loss:g}, ‖g‖ {grad:g}, ‖Γ‖ {update:g}, ‖φ‖ {norm:g}")
-        return found
+
+def _problems(numbers_4N: NDArray[np.float32]) -> dict[int, RowProblem]:
+    """The rows without a direction: their loss or gradient is not finite, or their feature is zero."""
+    found = {}
+    for n in np.flatnonzero(~np.isfinite(numbers_4N).all(axis=0) | (numbers_4N[0] == 0)).tolist():
+        norm, loss, grad, update = numbers_4N[:, n].tolist()
+        reason = "zero norm" if norm == 0 else "not finite"
+        found[n] = RowProblem(reason, f"loss {loss:g}, ‖g‖ {grad:g}, ‖Γ‖ {update:g}, ‖φ‖ {norm:g}")
+    return found
 
 
 def _digest(rendered: Rendered) -> int:

@@ -17,14 +17,14 @@ from datastore import Datastore
 from datastore.errors import DataError, ProvenanceError, RowError, SettingError
 from less.adapters import adapted_model, load_adapter_weights
 from less.checkpoints import Checkpoint, find_checkpoints
-from less.data.batching import collate, plan_batches
+from less.data.batching import BatchBudget, collate, plan_batches
 from less.data.conversations import RowProblem
 from less.data.rendering import RenderConfig, Renderer
 from less.data.targets import TargetSet, load_targets
 from less.features import FeatureSet, FeatureSetConfig, gradient_features
 from less.influence import InfluenceScores, check_formula, influence_scores, subtask_queries
 from less.models import ParamLayout, context_length, load_base_model, load_tokenizer
-from less.pipeline import TOKENS_PER_BATCH, as_paths
+from less.pipeline import as_paths
 from less.progress import Progress
 from less.provenance import (
     check_checkpoints,
@@ -195,14 +195,14 @@ class Scorer:
         """ψ of every target, set after set, at each checkpoint: (M, K) float32, not normalised."""
         rendered = [row for t in target_sets for row in t.rendered]
         device = self.model.device
-        budget = self.config.tokens_per_batch or TOKENS_PER_BATCH.get(device.type, 2048)
+        budget = BatchBudget.on(device, self.config.tokens_per_batch)
         batches = plan_batches([row.num_tokens for row in rendered], budget)
         total = len(rendered) * len(self.checkpoints)
         with (
             adapted_model(self.model, self.checkpoints[0].path) as model,
             Progress(total=total, description="targets", enabled=self.progress) as bar,
         ):
-            layout = ParamLayout.of(model)
+            layout = ParamLayout.of(model, self.store.settings["model"]["layers"])
             projector = recorded_projector(self.store, self.feature_set, layout)
             plain = FeatureSetConfig(update_rule="sgd", projection=projector.config)
             for checkpoint in self.checkpoints:

@@ -31,7 +31,7 @@ from datastore import SkippedRow
 from datastore.errors import DataError, SettingError
 from less.adapters import lora_model
 from less.checkpoints import EvidenceWarning
-from less.data.batching import collate, plan_batches
+from less.data.batching import BatchBudget, collate, plan_batches
 from less.data.records import RowProblem, Source, open_source, skip
 from less.data.rendering import RenderConfig, Rendered, Renderer
 from less.data.writing import write_lines
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["WarmupConfig", "WarmupResult", "warmup"]
 
 RECORD = "warmup.json"
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
-"""Default budget by device type. Training keeps the activations of every layer."""
 _FEW_STEPS = 50
 _UNRECORDED = ("device", "tokens_per_batch", "strict", "trust_remote_code", "chat_template")
 
@@ -278,9 +276,9 @@ def _draw(
 class _RowMeanTrainer(Trainer):
     """A Trainer whose loss is the mean over a batch's rows of each row's own mean loss."""
 
-    def __init__(self, *, rendered: list[Rendered], tokens_per_batch: int, **kwargs: Any) -> None:
+    def __init__(self, *, rendered: list[Rendered], budget: BatchBudget, **kwargs: Any) -> None:
         super().__init__(train_dataset=range(len(rendered)), data_collator=lambda rows: {"rows": rows}, **kwargs)
-        self.rendered, self.tokens_per_batch = rendered, tokens_per_batch
+        self.rendered, self.budget = rendered, budget
         self.bar: Progress | None = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, list[int]], *_: Any) -> Tensor:
@@ -288,7 +286,7 @@ class _RowMeanTrainer(Trainer):
         model.train()
         rows = inputs["rows"]
         total = torch.zeros((), device=self.args.device)
-        for piece in plan_batches([self.rendered[row].num_tokens for row in rows], self.tokens_per_batch):
+        for piece in plan_batches([self.rendered[row].num_tokens for row in rows], self.budget):
             batch = collate(self.rendered, [rows[i] for i in piece])
             head = find_unembedding(model, batch.input_ids_BT.numel())
             loss = token_losses(model, batch.to(self.args.device), head).sum() / len(rows)
@@ -347,7 +345,7 @@ def _trainer(model: PeftModel, rendered: list[Rendered], config: WarmupConfig, r
         model=model,
         args=arguments,
         rendered=rendered,
-        tokens_per_batch=config.tokens_per_batch or TOKENS_PER_BATCH.get(device.type, 2048),
+        budget=BatchBudget.on(device, config.tokens_per_batch),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -7,7 +7,7 @@ batching       rows to tensors
 targets        the examples of the wanted capability, in subtasks
 """
 
-from less.data.batching import Batch, collate, plan_batches
+from less.data.batching import Batch, BatchBudget, collate, plan_batches
 from less.data.conversations import REASONS, Conversation, RowProblem, conversation_of
 from less.data.records import Record, Source, open_source
 from less.data.rendering import RenderConfig, Rendered, Renderer
@@ -17,6 +17,7 @@ from less.data.writing import write_lines, write_selected
 __all__ = [
     "REASONS",
     "Batch",
+    "BatchBudget",
     "Conversation",
     "Record",
     "RenderConfig",

@@ -19,7 +19,7 @@ from transformers import (
 
 from datastore.errors import CheckpointError, UnsupportedError
 from less.adapters import adapted_model
-from less.data.batching import collate, plan_batches
+from less.data.batching import BatchBudget, collate, plan_batches
 from less.data.rendering import Rendered
 from less.gradients import gradients_ref, per_sample_gradients, token_losses
 from less.lm_head import find_unembedding
@@ -143,11 +143,34 @@ def test_gradients_equal_autograd_for_every_shape_of_adapter(lora, tmp_path):
         assert relative_error(blocks, gradients_ref(model, batch)[1]) < 1e-5
 
 
+@pytest.mark.parametrize("layers", ["last:1", "self_attn", r"layers\.0\..*(gate|down)_proj"])
+def test_gradients_of_some_layers_are_those_of_all_and_no_other_layer_streams(adapted, layers):
+    batch = collate(random_rows(), range(5), pad_id=0)
+    own, blocks = ParamLayout.of(adapted, layers), {}
+    losses_B = per_sample_gradients(adapted, batch, lambda name, g: blocks.__setitem__(name, g.clone()), own.layers)
+    all_losses_B, all_blocks = streamed(adapted, batch)
+    assert blocks.keys() == set(own.names) < all_blocks.keys()
+    assert torch.equal(losses_B, all_losses_B)
+    assert all(torch.equal(blocks[name], all_blocks[name]) for name in blocks)
+
+
+def test_the_backward_pass_ends_at_the_first_layer_that_is_wanted(adapted):
+    batch, has_graph = collate(random_rows(), range(5), pad_id=0), []
+    hooks = [
+        block.register_forward_hook(lambda *args: has_graph.append(args[-1].requires_grad))
+        for block in adapted.get_base_model().model.layers
+    ]
+    per_sample_gradients(adapted, batch, lambda *_: None, ParamLayout.of(adapted, "last:1").layers)
+    for hook in hooks:
+        hook.remove()
+    assert has_graph == [False, True]
+
+
 @pytest.mark.parametrize("budget", [1, 24, 46, 1000])
 def test_a_rows_gradient_does_not_depend_on_its_batch_mates(adapted, budget):
     rows = random_rows()
     alone = {row: streamed(adapted, collate(rows, [row], pad_id=0))[1] for row in range(len(rows))}
-    for members in plan_batches([row.num_tokens for row in rows], budget):
+    for members in plan_batches([row.num_tokens for row in rows], BatchBudget(max_tokens=budget, overhead=1000)):
         _, blocks = streamed(adapted, collate(rows, members, pad_id=0))
         for at, row in enumerate(members):
             own = {name: grads_BP[at : at + 1] for name, grads_BP in blocks.items()}

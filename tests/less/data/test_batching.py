@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from datastore.errors import SettingError
 from less.data import Rendered, collate, plan_batches
-from less.data.batching import run_in_batches
+from less.data.batching import BatchBudget, run_in_batches
 
 lengths = st.lists(st.integers(1, 200), max_size=60)
-budgets = st.integers(1, 1000)
+budgets = st.builds(BatchBudget, max_tokens=st.integers(1, 1000), overhead=st.integers(0, 100))
 
 
 @given(lengths, budgets)
@@ -18,7 +18,7 @@ def test_every_row_is_in_one_batch_and_a_batch_keeps_to_the_budget(lengths, budg
     batches = plan_batches(lengths, budget)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= budget
+        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= budget.max_tokens
 
 
 @given(lengths, budgets)
@@ -27,11 +27,24 @@ def test_the_longest_rows_come_first_and_ties_keep_their_order(lengths, budget):
     assert order == sorted(order, key=lambda row: (-lengths[row], row))
 
 
-@given(lengths, budgets)
-def test_no_batch_has_room_for_the_row_after_it(lengths, budget):
-    batches = plan_batches(lengths, budget)
-    for batch in batches[:-1]:
-        assert (len(batch) + 1) * lengths[batch[0]] > budget
+@given(st.lists(st.integers(1, 200), max_size=9), budgets)
+def test_no_plan_is_cheaper(lengths, budget):
+    def cost(batches):
+        return sum(len(batch) * max(lengths[row] for row in batch) + budget.overhead for batch in batches)
+
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    plans = [[]]
+    for row in longest_first:  # each row goes on with the last batch, or opens one
+        joined = [[*plan[:-1], [*plan[-1], row]] for plan in plans if plan]
+        fitting = [plan for plan in joined if len(plan[-1]) * lengths[plan[-1][0]] <= budget.max_tokens]
+        plans = fitting + [[*plan, [row]] for plan in plans]
+    assert cost(plan_batches(lengths, budget)) == min(map(cost, plans))
+
+
+def test_cheap_batches_are_never_padded_and_dear_ones_are_full():
+    lengths = [5, 9, 5, 7]
+    assert plan_batches(lengths, BatchBudget(max_tokens=100, overhead=1)) == [[1], [3], [0, 2]]
+    assert plan_batches(lengths, BatchBudget(max_tokens=100, overhead=1000)) == [[1, 3, 0, 2]]
 
 
 @given(lengths, budgets, st.integers(1, 20))
@@ -53,12 +66,12 @@ def test_a_row_that_does_not_fit_alone_is_an_error():
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        run_in_batches([3, 2], 100, run)
+        run_in_batches([3, 2], BatchBudget(max_tokens=100, overhead=10), run)
 
 
 def test_a_budget_must_be_positive():
     with pytest.raises(SettingError, match="tokens per batch must be positive, got 0"):
-        plan_batches([1], 0)
+        BatchBudget(max_tokens=0, overhead=0)
 
 
 def rendered(*ids):
