@@ -60,6 +60,18 @@ __all__ = ["build_datastore_command"]
     help="Whose gradients count: of all LoRA layers, of the last N blocks (cheaper), or of those whose name matches.",
 )
 @click.option(
+    "--prefilter",
+    type=float,
+    metavar="F",
+    help="Only for the best fraction F of the rows, such as 0.2, found by features of one checkpoint alone.",
+)
+@click.option("--targets", multiple=True, metavar="T", help="What --prefilter ranks the rows by; may be repeated.")
+@click.option(
+    "--prefilter-layers",
+    metavar="all|last:N|REGEX",
+    help="Whose gradients --prefilter takes.  [default: as --layers]",
+)
+@click.option(
     "--checkpoint-weights",
     type=CommaList(float),
     metavar="W,W,...",
@@ -83,7 +95,9 @@ __all__ = ["build_datastore_command"]
 def build_datastore_command(quiet: bool, debug: bool, **options: Any) -> None:
     """Compute each row's gradient features at every checkpoint and keep them in a folder.
 
-    Killed and started again, a build does only what is missing. More --data is appended to a finished store.
+    Killed and started again, a build does only what is missing. More --data is appended to a finished store. With
+    --prefilter, features of the weightiest checkpoint rank all rows first (they stay in DS.prefilter), and only the
+    best are done at every checkpoint: for selecting few rows of a large pool, with several checkpoints.
 
     \b
     gradsift build-datastore --model M --checkpoints run \\
@@ -92,6 +106,7 @@ def build_datastore_command(quiet: bool, debug: bool, **options: Any) -> None:
     hush_libraries(quiet)
     from less import build_datastore
 
+    options["targets"] = list(options["targets"]) or None
     result = build_datastore(progress=not quiet, **options)
     if quiet:
         return

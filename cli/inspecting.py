@@ -82,6 +82,9 @@ def _lines(store: Any) -> list[tuple[str, str]]:
     for name, feature_set in settings["feature_sets"].items():
         projection = _fields(feature_set["projection"])
         lines.append(("features", f"{name}: {feature_set['update_rule']}, {projection}, {feature_set['dtype']}"))
+    if prefilter := settings.get("prefilter"):
+        by = f"{', '.join(prefilter['targets'])} at {prefilter['checkpoint']}, layers {prefilter['layers']}"
+        lines.append(("prefilter", f"the best {prefilter['fraction']} for {by}"))
     return lines
 
 

@@ -22,7 +22,7 @@ _NUM_SHOWN = 5
     metavar="T",
     help="Examples of the wanted capability, in groups by their `subtask`; may be repeated.",
 )
-@click.option("--fraction", type=float, metavar="F", help="Of the scored rows to select, such as 0.05.")
+@click.option("--fraction", type=float, metavar="F", help="Of the usable rows of the pool to select, such as 0.05.")
 @click.option("--count", type=int, metavar="N", help="Number of rows to select, in place of --fraction.")
 @click.option(
     "--output", required=True, metavar="OUT", help=".jsonl or .parquet file; or a folder, a file a target set."

@@ -1,8 +1,9 @@
-"""Work that a device need not wait for: reading ahead of it and writing behind it, each in one thread.
+"""Work that nothing has to wait for: reading ahead of the one who uses it, writing behind the one who made it.
 
 Order and results are those of a plain loop; an error comes where the loop would have had it.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -14,19 +15,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def read_ahead(items: Iterable[Item], read: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
-    """Each item with `read` of it; the next one is read while the caller is busy with this one."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead: tuple[Item, Future[Result]] | None = None
+def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1) -> Iterator[Result]:
+    """`map(read, items)`, with as many of the next results made by threads while one is used."""
+    with ThreadPoolExecutor(threads) as readers:
+        coming: deque[Future[Result]] = deque()
         try:
             for item in items:
-                before, ahead = ahead, (item, thread.submit(read, item))
-                if before is not None:
-                    yield before[0], before[1].result()
-            if ahead is not None:
-                yield ahead[0], ahead[1].result()
+                coming.append(readers.submit(read, item))
+                if len(coming) > threads:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
         finally:
-            thread.shutdown(cancel_futures=True)
+            readers.shutdown(cancel_futures=True)
 
 
 class WriteBehind:
@@ -38,11 +39,10 @@ class WriteBehind:
 
     def __call__(self, write: Callable[..., Any], *args: Any) -> None:
         """Start `write(*args)` once the call before it has ended; raises what that one raised."""
-        self.wait()
+        self._wait()
         self._call = self._thread.submit(write, *args)
 
-    def wait(self) -> None:
-        """Until the call that runs has ended; raises what it raised."""
+    def _wait(self) -> None:
         call, self._call = self._call, None
         if call is not None:
             call.result()
@@ -53,4 +53,4 @@ class WriteBehind:
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         self._thread.shutdown()
         if kind is None:
-            self.wait()
+            self._wait()

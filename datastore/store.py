@@ -7,6 +7,7 @@ no row of their shard is dropped, and a file's checksum is checked before its fi
 Scores are left to `less.influence`, neighbours to `search`.
 """
 
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -20,6 +21,7 @@ from datastore.build import BUILD, SourceEntry
 from datastore.errors import SettingError, StoreError
 from datastore.files import FileEntry, damaged, hash_file
 from datastore.manifest import MANIFEST, Manifest, RowRange
+from datastore.overlap import read_ahead
 from datastore.shards import Shard, ShardKey, SkippedRow, direction_path, open_direction, open_shard
 
 __all__ = ["Block", "Datastore", "RowStats", "RowTable"]
@@ -30,6 +32,7 @@ COLUMN_DTYPES: dict[str, npt.DTypeLike] = {
     "norms_N": np.float32, "grad_norms_N": np.float32, "update_norms_N": np.float32, "losses_N": np.float32,
 }  # fmt: skip
 Keep = slice | npt.NDArray[np.bool_]
+NUM_READERS = 2  # one waits for the disk while the other computes a checksum
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -166,9 +169,11 @@ class Datastore:
     def iter_blocks(self, feature_set: str, checkpoint: str, *, verify: bool = True) -> Iterator[Block]:
         """The features of every position, a shard at a time; with `verify`, no unchecked byte is handed out.
 
+        While one block is used, threads read the next ones from the disk and check them. Memory is a few shards.
+
         Raises `SettingError` for a name the store does not have, `DamagedStoreError`.
         """
-        for start, _, shard, keep in self._iter_kept(feature_set, checkpoint, verify):
+        for start, _, shard, keep in self._iter_kept(feature_set, checkpoint, verify, whole=True):
             block = Block(start=start, features_nK=shard.features_NK[keep], norms_n=shard.norms_N[keep])
             if block.stop > start:
                 yield block
@@ -225,31 +230,49 @@ class Datastore:
             return f"it has {size} bytes, expected {entry.num_bytes}"
         return None
 
+    def shard(self, key: ShardKey, *, verify: bool = True) -> Shard:
+        """One shard as it was written, with rows that have no position; `KeyError`, `DamagedStoreError`."""
+        entry = self.manifest.shards[key.path]
+        check = verify and key.path not in self._verified
+        shard = open_shard(self.path, key, self._settings_hash, entry.sha256 if check else None)
+        if check:
+            self._verified.add(key.path)
+        return shard
+
     def _iter_kept(
-        self, feature_set: str, checkpoint: str, verify: bool
+        self, feature_set: str, checkpoint: str, verify: bool, *, whole: bool = False
     ) -> Iterator[tuple[int, RowRange, Shard, Keep]]:
         """(position of the first row, range, shard, which of its rows have a position) of every shard."""
         self._check_names(feature_set, checkpoint)
+
+        def open_range(rows: RowRange) -> tuple[RowRange, Shard, Keep]:
+            return rows, *self._open_kept(feature_set, checkpoint, rows, verify, whole)
+
         start = 0
-        for rows in self.manifest.ranges:
-            key = ShardKey(
-                feature_set=feature_set,
-                checkpoint=checkpoint,
-                source=rows.source,
-                start=rows.start,
-                stop=rows.stop,
-            )
-            check = verify and key.path not in self._verified
-            sha256 = self.manifest.shards[key.path].sha256 if check else None
-            shard = open_shard(self.path, key, self._settings_hash, sha256)
-            if check:
-                self._verified.add(key.path)
-            keep = ~np.isin(shard.rows_N, [row.row for row in rows.skipped])
-            shape = (int(np.count_nonzero(keep)), shard.features_NK.shape[1])
-            if shape != (expected := (rows.num_scored, self.proj_dim(feature_set))):
-                raise damaged({self.path / key.path: f"its features are {shape}, expected {expected}"})
-            yield start, rows, shard, slice(None) if keep.all() else keep
+        for rows, shard, keep in read_ahead(open_range, self.manifest.ranges, threads=NUM_READERS):
+            yield start, rows, shard, keep
             start += rows.num_scored
+
+    def _open_kept(
+        self, feature_set: str, checkpoint: str, rows: RowRange, verify: bool, whole: bool
+    ) -> tuple[Shard, Keep]:
+        """One shard, and which of its rows have a position; `whole`: its features are brought into memory."""
+        key = ShardKey(
+            feature_set=feature_set,
+            checkpoint=checkpoint,
+            source=rows.source,
+            start=rows.start,
+            stop=rows.stop,
+        )
+        in_memory = verify and key.path not in self._verified  # the checksum has read it all
+        shard = self.shard(key, verify=verify)
+        if whole and not in_memory:
+            shard.features_NK.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].sum()  # a byte of a page reads the page
+        keep = ~np.isin(shard.rows_N, [row.row for row in rows.skipped])
+        shape = (int(np.count_nonzero(keep)), shard.features_NK.shape[1])
+        if shape != (expected := (rows.num_scored, self.proj_dim(feature_set))):
+            raise damaged({self.path / key.path: f"its features are {shape}, expected {expected}"})
+        return shard, slice(None) if keep.all() else keep
 
     def _gather(
         self, feature_set: str, checkpoint: str, names: Sequence[str], verify: bool

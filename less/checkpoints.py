@@ -20,7 +20,7 @@ from datastore.errors import CheckpointError, SettingError
 from less.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from less.moments import optimizer_file, read_optimizer
 
-__all__ = ["Checkpoint", "EvidenceWarning", "find_checkpoints"]
+__all__ = ["Checkpoint", "EvidenceWarning", "as_paths", "find_checkpoints"]
 
 _TRAINER_STATE = "trainer_state.json"
 _ADAPTER_FIELDS = (
@@ -49,6 +49,11 @@ class Checkpoint:
     """Of the optimizer's file; None where there is none."""
     weight: float
     """w_c; the weights of a list sum to 1."""
+
+
+def as_paths(checkpoints: str | Path | Sequence[str | Path]) -> list[Path]:
+    """One folder or several as a list of paths."""
+    return [Path(p) for p in ([checkpoints] if isinstance(checkpoints, str | Path) else checkpoints)]
 
 
 def find_checkpoints(paths: Sequence[str | Path], weights: Sequence[float] | None = None) -> list[Checkpoint]:

@@ -33,6 +33,9 @@ __all__ = [
 AGGREGATES = ("mean-of-cosines", "cosine-of-mean")
 NORMALIZERS = ("cosine", "none")
 
+CHUNK_VALUES = 2**20
+"""Features that are cast and multiplied at once: 4 MB of float32."""
+
 
 @dataclass(frozen=True)
 class InfluenceScores:
@@ -126,7 +129,7 @@ def influence_scores(
     verify: bool = True,
     progress: bool = False,
 ) -> NDArray[np.float32]:
-    """Σ_c w_c ⟨φ_c, query_c⟩ for every scored row, from memory-mapped blocks; memory is one block.
+    """Σ_c w_c ⟨φ_c, query_c⟩ for every scored row, from memory-mapped blocks; memory is a few blocks.
 
     Args:
         store: a sealed store.
@@ -143,24 +146,25 @@ def influence_scores(
     Raises:
         DamagedStoreError: a shard is not what the manifest says.
     """
-    num_subtasks = len(next(iter(queries_JK.values())))
+    num_subtasks, width = next(iter(queries_JK.values())).shape
     scores_NJ = np.zeros((store.num_rows, num_subtasks), dtype=np.float32)
-    buffer_NK = torch.empty(0)
+    # Rows are cast a few at a time, into one buffer: they are multiplied while they are still in the cache, and
+    # fresh memory would cost ten times the cast in page faults.
+    buffer_nK = torch.empty(max(1, CHUNK_VALUES // width), width)
     total = store.num_rows * len(weights)
     with Progress(total=total, description="scan", enabled=progress) as bar:
         for checkpoint, weight in weights.items():
-            query_KJ = (weight * queries_JK[checkpoint].to("cpu", torch.float32)).T.contiguous()
+            query_JK = weight * queries_JK[checkpoint].to("cpu", torch.float32)
             for block in store.iter_blocks(feature_set, checkpoint, verify=verify):
-                num_rows, width = block.features_nK.shape
-                if buffer_NK.shape[0] < num_rows or buffer_NK.shape[1] != width:
-                    buffer_NK = torch.empty(num_rows, width)
-                # a reused buffer: casting into fresh memory costs ten times the cast in page faults
-                rows_NK = buffer_NK[:num_rows].copy_(torch.from_numpy(block.features_nK))
-                block_NJ = (rows_NK @ query_KJ).numpy()
-                if normalize == "none":
-                    block_NJ *= block.norms_n[:, None]
-                scores_NJ[block.start : block.start + num_rows] += block_NJ
-                bar.advance(num_rows)
+                block_nJ = scores_NJ[block.start : block.stop]
+                for start in range(0, len(block_nJ), len(buffer_nK)):
+                    chunk = slice(start, start + len(buffer_nK))
+                    features_nK = torch.from_numpy(block.features_nK[chunk])
+                    products_Jn = (query_JK @ buffer_nK[: len(features_nK)].copy_(features_nK).T).numpy()
+                    if normalize == "none":
+                        products_Jn *= block.norms_n[chunk]
+                    block_nJ[chunk] += products_Jn.T
+                bar.advance(len(block_nJ))
     return scores_NJ
 
 

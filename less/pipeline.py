@@ -2,14 +2,15 @@
 
 For each checkpoint, for each range of `shard_rows` source rows: compute one shard for each feature set
 (`less.row_ranges`) and write it, while the next range is rendered. What the store has already is not computed
-again, so a build that was killed goes on where it was, and a store grows by the rows that are new. What a shard
-looks like on disk is `datastore`'s business, how features are computed `less.features`'.
+again, so a build that was killed goes on where it was, and a store grows by the rows that are new. With a prefilter
+a cheap store is built first, in the same way, and ranks the rows. Which rows are worth more is `less.prefilter`'s
+business, what a shard looks like on disk `datastore`'s, how features are computed `less.features`'.
 """
 
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,22 +19,32 @@ import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datastore import Datastore, DatastoreWriter, ShardKey, SkippedRow, SourceEntry, check_free_space
+from datastore import Build, Datastore, DatastoreWriter, Shard, ShardKey, SkippedRow, SourceEntry, check_free_space
 from datastore.errors import DataError, SettingError, StoreError
 from datastore.overlap import WriteBehind, read_ahead
 from less.adam import NEEDS_MOMENTS, UPDATE_RULES
 from less.adapters import adapted_model, load_adapter_weights
-from less.checkpoints import Checkpoint, find_checkpoints
+from less.checkpoints import Checkpoint, as_paths, find_checkpoints
 from less.data.batching import BatchBudget
 from less.data.records import Source, open_source
 from less.data.rendering import RenderConfig, Renderer
 from less.features import FeatureSet, FeatureSetConfig, shared_direction
 from less.models import ParamLayout, context_length, load_base_model, load_tokenizer
 from less.moments import AdamState, load_adam_state
+from less.prefilter import (
+    EVERY_ROW,
+    Shortlist,
+    cheap_folder,
+    check_prefilter,
+    describe_prefilter,
+    rank_rows,
+    recorded_shortlist,
+)
 from less.progress import Progress
 from less.projection import ProjectionConfig, make_projector
 from less.provenance import constants_of, location_of, record_environment, record_settings
-from less.row_ranges import RowRange, compute_shards, render_range
+from less.row_ranges import RowRange, compute_shards, render_range, without_rows
+from less.scoring import ScoreConfig, load_target_sets
 
 if TYPE_CHECKING:
     import datasets
@@ -58,6 +69,10 @@ class BuildConfig:
     layers: str = "all"
     """LoRA layers whose gradients count: all, last:N (those of the last N blocks; the backward pass ends there), or a
     regular expression searched in their names."""
+    prefilter: float | None = None
+    """Fraction of the rows that get these features: those that cheap ones rank best for the targets. None: all."""
+    prefilter_layers: str | None = None
+    """LoRA layers of the cheap features; None for those of `layers`."""
     system_prompt: str = "keep"
     """keep, none, or the text to put in place of each row's own."""
     chat_template: str | None = None
@@ -90,6 +105,13 @@ class BuildConfig:
             raise SettingError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
         if self.feature_dtype not in ("auto", "float16", "float32"):
             raise SettingError(f"feature_dtype must be auto, float16 or float32, got {self.feature_dtype!r}")
+        if self.prefilter is not None and not 0 < self.prefilter <= 1:
+            raise SettingError(f"prefilter must be above 0 and at most 1, got {self.prefilter}")
+        if self.prefilter is None and self.prefilter_layers is not None:
+            raise SettingError(
+                f"prefilter_layers is {self.prefilter_layers!r} and there is no prefilter; give the fraction of the "
+                "rows to keep with --prefilter, or leave out --prefilter-layers"
+            )
         names = [fs.name for fs in self.feature_sets]
         if repeated := [name for name, count in Counter(names).items() if count > 1]:
             raise SettingError(f"feature set {repeated[0]} is asked for twice")
@@ -113,6 +135,19 @@ class BuildConfig:
         )
 
     @property
+    def cheap(self) -> "BuildConfig":
+        """Settings of the prefilter's own store: one feature set, projected, of its layers."""
+        first = self.feature_sets[0]
+        return replace(
+            self,
+            update_rule=first.update_rule,
+            projection="sparse" if first.projection.kind == "none" else first.projection.kind,
+            layers=self.layers if self.prefilter_layers is None else self.prefilter_layers,
+            prefilter=None,
+            prefilter_layers=None,
+        )
+
+    @property
     def rendering(self) -> RenderConfig:
         """How rows become tokens."""
         return RenderConfig(
@@ -131,9 +166,9 @@ class BuildResult:
     num_scored: int
     """Rows that have features at every checkpoint."""
     num_computed: int
-    """Rows times checkpoints computed by this call; 0 when the store was complete."""
+    """Rows times checkpoints computed by this call, cheap ones too; 0 when the store was complete."""
     skipped: tuple[SkippedRow, ...]
-    """Rows left out, each with its reason."""
+    """Rows left out, each with its reason; that of rows which the prefilter set aside is `prefilter`."""
     num_repeated_ids: int
     """Scored rows whose id an earlier row has too."""
     num_duplicates: int
@@ -150,6 +185,7 @@ def build_datastore(
     checkpoints: "str | Path | Sequence[str | Path]",
     data: "str | Path | datasets.Dataset | Sequence[Any]",
     datastore: str | Path,
+    targets: Any = None,
     tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
     progress: bool = True,
     **settings: Any,
@@ -158,11 +194,19 @@ def build_datastore(
 
     A store that is complete is left as it is; one that was interrupted is completed; new `data` is appended.
 
+    With `prefilter=F`, features of one checkpoint alone (that of the greatest weight), in a store of their own at
+    `<datastore>.prefilter`, rank the rows against `targets` first, and only the best F of them get features at every
+    checkpoint. With C checkpoints that costs about 1/C + F (C-1)/C of the whole, so nothing is saved where there is
+    one; there only `prefilter_layers` saves, and no more than about half of the first stage, since a forward pass
+    stays whole. Such a store is for these targets, and no data can be appended to it.
+
     Args:
         model: the base model: a folder, a hub name, or a loaded model.
         checkpoints: a run folder (all its `checkpoint-*`) or checkpoint folders.
         data: a file, a hub name, a `datasets.Dataset`, a list of dicts, or a list of such.
         datastore: the store's folder.
+        targets: for the prefilter, and as in `select`: a file, data set or list of dicts; several as a list, or as a
+            dict that names them, and they take turns.
         tokenizer: where it is not the model's own.
         progress: show progress on standard error.
         **settings: fields of `BuildConfig`.
@@ -172,33 +216,27 @@ def build_datastore(
     """
     start = time.monotonic()
     config = BuildConfig(**settings)
+    check_prefilter(config.prefilter, targets)
     sources = open_sources(data)
     found = find_checkpoints(as_paths(checkpoints), config.checkpoint_weights)
     base = load_base_model(model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
     loaded_tokenizer = load_tokenizer(
         location_of(model) if tokenizer is None else tokenizer, trust_remote_code=config.trust_remote_code
     )
-    renderer = Renderer(loaded_tokenizer, config.rendering, context_length=context_length(base.config))
-    with adapted_model(base, found[0].path) as adapted:
-        builder = _Builder(config, adapted, found, renderer, progress)
-        with DatastoreWriter.open(
-            datastore,
-            settings=builder.settings(),
-            environment=record_environment(
-                model=model,
-                tokenizer=tokenizer,
-                checkpoints=found,
-                rendering=config.rendering,
-                device=base.device,
-            ),
-            feature_sets=[fs.name for fs in config.feature_sets],
-            checkpoints=[checkpoint.name for checkpoint in found],
-            shard_rows=config.shard_rows,
-        ) as writer:
-            _refuse_absent_sources(writer, sources)
-            numbers = writer.add_sources([_entry(source) for source in sources])
-            num_computed = builder.write_missing(writer, dict(zip(numbers, sources, strict=True)))
-            writer.seal()
+    job = _Job(
+        config=config,
+        sources=sources,
+        checkpoints=found,
+        base=base,
+        tokenizer=loaded_tokenizer,
+        renderer=Renderer(loaded_tokenizer, config.rendering, context_length=context_length(base.config)),
+        environment=record_environment(
+            model=model, tokenizer=tokenizer, checkpoints=found, rendering=config.rendering, device=base.device
+        ),
+        progress=progress,
+    )
+    shortlist, num_computed = (EVERY_ROW, 0) if config.prefilter is None else job.prefilter(datastore, targets)
+    num_computed += job.write(datastore, config, found, shortlist, "gradients")
     store = Datastore.open(datastore)
     if store.num_rows == 0:
         reasons = ", ".join(f"{n} {reason}" for reason, n in store.manifest.counts["num_skipped"].items())
@@ -217,6 +255,72 @@ def build_datastore(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What a call of `build_datastore` was given, opened and loaded."""
+
+    config: BuildConfig
+    sources: list[Source]
+    checkpoints: list[Checkpoint]
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    environment: dict[str, Any]
+    progress: bool
+
+    def write(
+        self, folder: str | Path, config: BuildConfig, at: Sequence[Checkpoint], shortlist: Shortlist, what: str
+    ) -> int:
+        """Complete one store, of these checkpoints and rows; returns rows times checkpoints computed."""
+        environment = self.environment | {"checkpoints": [str(checkpoint.path.resolve()) for checkpoint in at]}
+        with adapted_model(self.base, at[0].path) as adapted:
+            builder = _Builder(config, adapted, at, self.renderer, shortlist)
+            with DatastoreWriter.open(folder, environment=environment, **builder.plan()) as writer:
+                _refuse_absent_sources(writer, self.sources)
+                numbers = writer.add_sources([_entry(source) for source in self.sources])
+                sources = dict(zip(numbers, self.sources, strict=True))
+                num_computed = builder.write_missing(writer, sources, what, self.progress)
+                writer.seal()
+        return num_computed
+
+    def prefilter(self, datastore: str | Path, targets: Any) -> tuple[Shortlist, int]:
+        """The rows that are worth exact features, and how many rows were computed to know.
+
+        Whatever would stop the exact build stops this, before its first row. The one checkpoint is the one that
+        weighs most in a score. With equal layers and feature sets its features are the exact ones.
+        """
+        config, cheap, found = self.config, self.config.cheap, self.checkpoints
+        assert config.prefilter is not None
+        if len(found) == 1 and cheap.layers == config.layers:
+            raise SettingError(
+                "there is one checkpoint, so the prefilter's features would be the exact ones and save nothing; leave "
+                "out --prefilter, or give it fewer layers with --prefilter-layers last:N"
+            )
+        heaviest = replace(max(found, key=lambda checkpoint: checkpoint.weight), weight=1.0)
+        target_sets = load_target_sets(targets, self.renderer, config.strict)
+        asked = describe_prefilter(config.prefilter, cheap.layers, heaviest, cheap.feature_sets[0], target_sets)
+        with adapted_model(self.base, found[0].path) as adapted:
+            plan = _Builder(config, adapted, found, self.renderer, Shortlist(settings=asked)).plan()
+        recorded = recorded_shortlist(Path(datastore), Build(**plan, environments=[], sources=[]), self.sources)
+        if recorded is not None:
+            return recorded, 0
+        folder = cheap_folder(datastore)
+        num_computed = self.write(folder, cheap, [heaviest], EVERY_ROW, "prefilter")
+        store = Datastore.open(folder)
+        places = rank_rows(
+            store,
+            self.sources,
+            target_sets,
+            model=self.base,
+            tokenizer=self.tokenizer,
+            checkpoint=heaviest,
+            config=ScoreConfig(tokens_per_batch=config.tokens_per_batch, strict=config.strict),
+            progress=self.progress,
+        )
+        are_exact = (cheap.layers, cheap.feature_sets) == (config.layers, config.feature_sets)
+        return replace(places.shortlist(self.sources, asked), exact=store if are_exact else None), num_computed
+
+
 class _Builder:
     """What stays the same from shard to shard."""
 
@@ -226,9 +330,9 @@ class _Builder:
         model: PeftModel,
         checkpoints: Sequence[Checkpoint],
         renderer: Renderer,
-        progress: bool,
+        shortlist: Shortlist,
     ) -> None:
-        self.config, self.model, self.renderer, self.progress = config, model, renderer, progress
+        self.config, self.model, self.renderer, self.shortlist = config, model, renderer, shortlist
         self.checkpoints = {checkpoint.name: checkpoint for checkpoint in checkpoints}
         self.layout, self.device = ParamLayout.of(model, config.layers), model.device
         self.budget = BatchBudget.on(self.device, config.tokens_per_batch)
@@ -238,9 +342,9 @@ class _Builder:
         }
         self.projectors = {fs: projectors[fs.projection] for fs in config.feature_sets}
 
-    def settings(self) -> dict[str, Any]:
-        """All that decides the features. Every checkpoint's moments are read, so a bad one stops the build here."""
-        return record_settings(
+    def plan(self) -> dict[str, Any]:
+        """What is fixed for a store's life. Every checkpoint's moments are read, so a bad one stops the build here."""
+        settings = record_settings(
             base=self.model.get_base_model(),
             layout=self.layout,
             layers=self.config.layers,
@@ -248,26 +352,37 @@ class _Builder:
             adam={checkpoint: constants_of(self._moments(checkpoint)) for checkpoint in self.checkpoints.values()},
             feature_sets={fs: (self.projectors[fs], self._dtype(fs)) for fs in self.config.feature_sets},
             tokens_per_batch=self.budget.max_tokens,
+            prefilter=self.shortlist.settings,
         )
+        return {
+            "settings": settings,
+            "feature_sets": [fs.name for fs in self.config.feature_sets],
+            "checkpoints": list(self.checkpoints),
+            "shard_rows": self.config.shard_rows,
+        }
 
-    def write_missing(self, writer: DatastoreWriter, sources: dict[int, Source]) -> int:
+    def write_missing(self, writer: DatastoreWriter, sources: dict[int, Source], what: str, progress: bool) -> int:
         """Compute and write what the store lacks; returns rows times checkpoints computed."""
-        missing = writer.missing_shards()
-        widths = {fs.name: projector.dim for fs, projector in self.projectors.items()}
-        row_bytes = {fs.name: widths[fs.name] * np.dtype(self._dtype(fs)).itemsize for fs in self.projectors}
-        check_free_space(writer.path, sum((k.stop - k.start) * row_bytes[k.feature_set] for k in missing))
-        tasks = [_Task(list(keys)) for _, keys in groupby(missing, key=_Task.place)]
-        num_rows = sum(len(task.rows) for task in tasks)
+        tasks = [_Task(list(keys)) for _, keys in groupby(writer.missing_shards(), key=_Task.place)]
+        num_rows_of = [self.shortlist.num_left(sources[task.source], task.rows, task.checkpoint) for task in tasks]
+        row_bytes = {
+            fs.name: projector.dim * np.dtype(self._dtype(fs)).itemsize for fs, projector in self.projectors.items()
+        }
+        check_free_space(writer.path, sum(len(task.rows) * row_bytes[name] for task in tasks for name in task.keys))
         directions = writer.missing_directions()
         with (
-            Progress(total=num_rows, description="gradients", enabled=self.progress) as bar,
+            Progress(total=sum(num_rows_of), description=what, enabled=progress) as bar,
             WriteBehind() as write_behind,
         ):
 
-            def render(task: _Task) -> RowRange:
-                return render_range(sources[task.source], task.rows, self.renderer, strict=self.config.strict)
+            def render(task: _Task) -> tuple[_Task, RowRange | dict[str, Shard]]:
+                source, rows, strict = sources[task.source], task.rows, self.config.strict
+                set_aside = self.shortlist.set_aside(source, rows)
+                if exact := self.shortlist.exact_shards(source, rows, task.checkpoint):
+                    return task, {name: without_rows(shard, source, rows, set_aside) for name, shard in exact.items()}
+                return task, render_range(source, rows, self.renderer, strict=strict, set_aside=set_aside)
 
-            rendered = read_ahead(tasks, render)
+            rendered = read_ahead(render, tasks)
             for name, checkpoint in self.checkpoints.items():
                 num_tasks = sum(task.checkpoint == name for task in tasks)
                 if not num_tasks and name not in {at for _, at in directions}:
@@ -277,19 +392,23 @@ class _Builder:
                     if (fs.name, name) in directions:
                         direction_K = shared_direction(fs, self.layout, self.device)
                         write_behind(writer.write_direction, fs.name, name, direction_K.cpu().numpy())
-                for task, rows in islice(rendered, num_tasks):
-                    shards = compute_shards(
-                        rows,
-                        model=self.model,
-                        feature_sets=[fs for fs in feature_sets if fs.name in task.keys],
-                        dtypes={fs.name: self._dtype(fs) for fs in self.projectors},
-                        budget=self.budget,
-                        strict=self.config.strict,
-                        bar=bar,
+                for task, found in islice(rendered, num_tasks):
+                    shards = (
+                        found
+                        if isinstance(found, dict)
+                        else compute_shards(
+                            found,
+                            model=self.model,
+                            feature_sets=[fs for fs in feature_sets if fs.name in task.keys],
+                            dtypes={fs.name: self._dtype(fs) for fs in self.projectors},
+                            budget=self.budget,
+                            strict=self.config.strict,
+                            bar=bar,
+                        )
                     )
                     for feature_set, shard in shards.items():
                         write_behind(writer.write_shard, task.keys[feature_set], shard)
-        return num_rows
+        return sum(num_rows_of)
 
     def _prepare(self, checkpoint: Checkpoint) -> list[FeatureSet]:
         load_adapter_weights(self.model, checkpoint.path)
@@ -340,11 +459,6 @@ def open_sources(data: Any) -> list[Source]:
         if (first := first_with.setdefault(source.sha256, source)) is not source:
             raise DataError(f"{first.name} and {source.name} have the same content; give each source once")
     return sources
-
-
-def as_paths(checkpoints: "str | Path | Sequence[str | Path]") -> list[Path]:
-    """One folder or several as a list of paths."""
-    return [Path(p) for p in ([checkpoints] if isinstance(checkpoints, str | Path) else checkpoints)]
 
 
 def _refuse_absent_sources(writer: DatastoreWriter, sources: Sequence[Source]) -> None:

@@ -45,6 +45,7 @@ def record_settings(
     adam: Mapping[Checkpoint, dict[str, Any] | None],
     feature_sets: Mapping[FeatureSetConfig, tuple[Projector, str]],
     tokens_per_batch: int,
+    prefilter: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The settings of a build, as JSON.
 
@@ -54,6 +55,7 @@ def record_settings(
         adam: Adam's constants at each checkpoint, None where no update rule needs them.
         feature_sets: the projector and the stored dtype of each.
         tokens_per_batch: it decides which rows share a batch, and so the last bits of a feature.
+        prefilter: how rows were chosen and which, None for all of them; see `less.prefilter`.
     """
     return {
         "model": {
@@ -79,6 +81,7 @@ def record_settings(
             for fs, (projector, dtype) in feature_sets.items()
         },
         "tokens_per_batch": tokens_per_batch,
+        "prefilter": prefilter,
     }
 
 

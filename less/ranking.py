@@ -7,6 +7,7 @@ business, the strategies are `less.selection`'s.
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore, RowTable, SourceEntry
 from datastore.errors import DataError, SettingError
+from less.checkpoints import EvidenceWarning
 from less.data.records import Record, Source, open_source
 from less.data.sources import JSON_LINES, json_of
-from less.data.targets import SkippedRow
+from less.data.targets import SkippedRow, TargetSet
 from less.data.writing import dataset_of, write_lines, write_selected
 from less.influence import InfluenceScores
 from less.pipeline import open_sources
 from less.scoring import ScoreConfig, Scorer
-from less.selection import num_to_select, ranks, select_round_robin, select_top
+from less.selection import SET_ASIDE, num_to_select, ranks, select_round_robin, select_top
 
 if TYPE_CHECKING:
     import datasets
@@ -103,7 +105,7 @@ def select(
         targets: a file, data set or list of dicts; several as a list, or as a dict that names them.
         output: a .jsonl or .parquet file, or a folder for one file a selection; None writes nothing.
         scores: likewise, a .jsonl file or a folder, for one line a candidate.
-        fraction: of the scored rows, above 0 and at most 1; the ceiling is taken.
+        fraction: of the scored rows and those that a prefilter set aside, above 0 and at most 1; the ceiling is taken.
         count: number of rows; one of `fraction` and `count` is needed.
         combine: None for a selection each; `max` ranks by the best subtask of any target set; `round-robin`
             lets the target sets take turns.
@@ -121,11 +123,13 @@ def select(
         SettingError: fraction, count or output do not fit.
     """
     store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
-    num_selected = num_to_select(store.num_rows, fraction=fraction, count=count)
+    num_set_aside = store.manifest.counts["num_skipped"].get(SET_ASIDE, 0)
+    num_selected = num_to_select(store.num_rows, fraction=fraction, count=count, num_set_aside=num_set_aside)
     if combine is not None and combine not in COMBINATIONS:
         raise SettingError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
     scorer = Scorer(store, ScoreConfig(**settings), model, tokenizer, checkpoints, progress)
     target_sets = scorer.load_targets(targets)
+    _warn_of_other_targets(store, target_sets)
     names = [t.name for t in target_sets]
     names = names if combine is None else ["+".join(names)]
     output_files = _files(output, names, (*JSON_LINES, ".parquet"))
@@ -154,6 +158,21 @@ def select(
             write_lines(score_file, _score_lines(store, own))
         selections.append(selection)
     return selections
+
+
+def _warn_of_other_targets(store: Datastore, target_sets: Sequence[TargetSet]) -> None:
+    """The rows that a prefilter kept are good for its own targets: others may miss their best."""
+    prefilter = store.settings.get("prefilter")
+    if prefilter is None:
+        return
+    if strange := [t.name for t in target_sets if t.sha256 not in prefilter["targets"].values()]:
+        warnings.warn(
+            f"{', '.join(strange)}: the rows of {store.path} were chosen for other targets "
+            f"({', '.join(prefilter['targets'])}), and the best ones for these may have been set aside. Build a store "
+            "with these --targets, or without --prefilter",
+            EvidenceWarning,
+            stacklevel=3,
+        )
 
 
 class _Pool:

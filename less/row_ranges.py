@@ -8,7 +8,8 @@ last bits of a feature and is therefore noted in the shard. Which ranges are com
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -22,8 +23,11 @@ from less.data.records import Record, RowProblem, Source, skip
 from less.data.rendering import Rendered, Renderer
 from less.features import FeatureSet, gradient_features
 from less.progress import Progress
+from less.selection import SET_ASIDE
 
-__all__ = ["RowRange", "compute_shards", "render_range"]
+__all__ = ["RowRange", "compute_shards", "render_range", "without_rows"]
+
+NO_ROWS: Mapping[int, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ class RowRange:
     """The others."""
 
 
-def render_range(source: Source, rows: range, renderer: Renderer, *, strict: bool) -> RowRange:
+def render_range(
+    source: Source, rows: range, renderer: Renderer, *, strict: bool, set_aside: Mapping[int, str] = NO_ROWS
+) -> RowRange:
     """Read and render the rows of a range.
 
     Args:
@@ -46,18 +52,39 @@ def render_range(source: Source, rows: range, renderer: Renderer, *, strict: boo
         rows: their numbers.
         renderer: makes tokens of them.
         strict: a row that cannot be used is an error.
+        set_aside: rows that are to be skipped unseen, each with a word on why (`less.prefilter`).
 
     Raises:
         RowError: a row cannot be used, under `strict`.
     """
     found = RowRange([], [], [])
     for record in source.iter_records(rows.start, rows.stop):
+        if record.number in set_aside:
+            found.skipped.append(_set_aside(record, set_aside[record.number]))
+            continue
         try:
             found.rendered.append(renderer.render_record(record))
             found.records.append(record)
         except RowProblem as problem:
             found.skipped.append(skip(record, problem, strict=strict))
     return found
+
+
+def without_rows(shard: Shard, source: Source, rows: range, set_aside: Mapping[int, str]) -> Shard:
+    """A shard of these rows of a source without those that are set aside."""
+    keep_N = ~np.isin(shard.rows_N, list(set_aside))
+    arrays = {field.name: getattr(shard, field.name) for field in fields(shard) if field.name[-1] in "NK"}
+    skipped = [
+        _set_aside(record, set_aside[record.number])
+        for record in source.iter_records(rows.start, rows.stop)
+        if record.number in set_aside
+    ]
+    return replace(
+        shard,
+        **{name: array[keep_N] for name, array in arrays.items()},
+        ids=[name for name, keep in zip(shard.ids, keep_N, strict=True) if keep],
+        skipped=sorted(shard.skipped + skipped, key=lambda row: row.row),
+    )
 
 
 def compute_shards(
@@ -86,7 +113,7 @@ def compute_shards(
         UnsupportedError: see `less.gradients.per_sample_gradients`.
     """
     records, rendered = rows.records, rows.rendered
-    bar.advance(len(rows.skipped))
+    bar.advance(sum(row.reason != SET_ASIDE for row in rows.skipped))
     results = {
         fs.name: _Results.empty(len(records), fs.projector.dim, dtypes[fs.name], model.device) for fs in feature_sets
     }
@@ -155,6 +182,10 @@ class _Results:
         at_B = torch.tensor(rows, pin_memory=features_BK.is_cuda).to(features_BK.device, non_blocking=True)
         self.units_NK[at_B] = (features_BK / norms_B[:, None]).to(self.units_NK.dtype)
         self.numbers_4N[:, at_B] = torch.stack([norms_B, losses_B, grad_norms_B, update_norms_B])
+
+
+def _set_aside(record: Record, why: str) -> SkippedRow:
+    return SkippedRow(row=record.number, where=record.where, id=record.id, reason=SET_ASIDE, detail=why)
 
 
 def _problems(numbers_4N: NDArray[np.float32]) -> dict[int, RowProblem]:

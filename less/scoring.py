@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datastore import Datastore
 from datastore.errors import DataError, ProvenanceError, RowError, SettingError
 from less.adapters import adapted_model, load_adapter_weights
-from less.checkpoints import Checkpoint, find_checkpoints
+from less.checkpoints import Checkpoint, as_paths, find_checkpoints
 from less.data.batching import BatchBudget, collate, plan_batches
 from less.data.conversations import RowProblem
 from less.data.rendering import RenderConfig, Renderer
@@ -24,7 +24,6 @@ from less.data.targets import TargetSet, load_targets
 from less.features import FeatureSet, FeatureSetConfig, gradient_features
 from less.influence import InfluenceScores, check_formula, influence_scores, subtask_queries
 from less.models import ParamLayout, context_length, load_base_model, load_tokenizer
-from less.pipeline import as_paths
 from less.progress import Progress
 from less.provenance import (
     check_checkpoints,
@@ -34,7 +33,7 @@ from less.provenance import (
     recorded_projector,
 )
 
-__all__ = ["ScoreConfig", "Scorer", "score"]
+__all__ = ["ScoreConfig", "Scorer", "load_target_sets", "score"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +96,27 @@ def score(
     return influence
 
 
+def load_target_sets(targets: Any, renderer: Renderer, strict: bool) -> list[TargetSet]:
+    """The target sets in a file, data set or list of dicts, in several of them, or in a dict that names them.
+
+    Raises:
+        DataError: there is no target that can be used; RowError: one cannot, under `strict`.
+        SettingError: two sets have one name.
+    """
+    if isinstance(targets, Mapping):
+        named = list(targets.items())
+    elif isinstance(targets, list | tuple) and not any(isinstance(t, dict) for t in targets):
+        named = [(None, part) for part in targets]
+    else:
+        named = [(None, targets)]
+    sets = [load_targets(part, renderer, name=name, strict=strict) for name, part in named]
+    if not sets:
+        raise DataError("no target was given; expected a file or a list of examples")
+    if len({t.name for t in sets}) < len(sets):
+        raise SettingError(f"two target sets have one name among {', '.join(t.name for t in sets)}; rename a file")
+    return sets
+
+
 class Scorer:
     """A store, the model that it was built with, and the settings of one scoring."""
 
@@ -138,18 +158,7 @@ class Scorer:
 
     def load_targets(self, targets: Any) -> list[TargetSet]:
         """The target sets, each with a name of its own."""
-        if isinstance(targets, Mapping):
-            named = list(targets.items())
-        elif isinstance(targets, list | tuple) and not any(isinstance(t, dict) for t in targets):
-            named = [(None, part) for part in targets]
-        else:
-            named = [(None, targets)]
-        sets = [load_targets(part, self.renderer, name=name, strict=self.config.strict) for name, part in named]
-        if not sets:
-            raise DataError("no target was given; expected a file or a list of examples")
-        if len({t.name for t in sets}) < len(sets):
-            raise SettingError(f"two target sets have one name among {', '.join(t.name for t in sets)}; rename a file")
-        return sets
+        return load_target_sets(targets, self.renderer, self.config.strict)
 
     def score(self, target_sets: Sequence[TargetSet]) -> tuple[InfluenceScores, list[TargetSet]]:
         """Features of the targets at every checkpoint, then one scan of the store.

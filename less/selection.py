@@ -11,27 +11,45 @@ from numpy.typing import NDArray
 
 from datastore.errors import SettingError
 
-__all__ = ["num_to_select", "ranks", "select_round_robin", "select_top"]
+__all__ = ["SET_ASIDE", "num_to_select", "ranks", "select_round_robin", "select_top"]
+
+SET_ASIDE = "prefilter"
+"""The reason for which a row is skipped that the prefilter set aside."""
 
 
-def num_to_select(num_rows: int, *, fraction: float | None = None, count: int | None = None) -> int:
-    """How many of `num_rows` scored rows are wanted: `count`, or the ceiling of `fraction` of them.
+def num_to_select(
+    num_rows: int, *, fraction: float | None = None, count: int | None = None, num_set_aside: int = 0
+) -> int:
+    """How many of `num_rows` scored rows are wanted: `count`, or the ceiling of `fraction` of those and the set aside.
 
     The ceiling is exact in the decimal digits of `fraction`: 0.07 of 100 rows is 7.
 
+    Args:
+        num_rows: scored rows.
+        fraction: above 0 and at most 1.
+        count: at least 1.
+        num_set_aside: rows that would have scores too if a prefilter had not left them out.
+
     Raises:
-        SettingError: not exactly one of the two is given, or it is out of range.
+        SettingError: not exactly one of the two is given, it is out of range, or the prefilter has left fewer rows.
     """
     if (fraction is None) == (count is None):
         raise SettingError("give either a fraction or a count of rows to select, not both and not neither")
     if fraction is not None:
         if not 0 < fraction <= 1:
             raise SettingError(f"fraction must be above 0 and at most 1, got {fraction}")
-        return ceil(Fraction(str(fraction)) * num_rows)
-    assert count is not None
-    if not 1 <= count <= num_rows:
+        wanted = ceil(Fraction(str(fraction)) * (num_rows + num_set_aside))
+    else:
+        assert count is not None
+        wanted = count
+    if num_set_aside and wanted > num_rows:
+        raise SettingError(
+            f"{wanted} rows are asked for, and the prefilter of the build has left {num_rows} of "
+            f"{num_rows + num_set_aside}; select at most those, or build another store with a greater --prefilter"
+        )
+    if fraction is None and not 1 <= wanted <= num_rows:
         raise SettingError(f"count must be between 1 and the {num_rows} scored rows, got {count}")
-    return count
+    return wanted
 
 
 def select_top(scores_N: NDArray[np.floating], count: int) -> NDArray[np.int64]:

@@ -8,29 +8,29 @@ import pytest
 from datastore.overlap import WriteBehind, read_ahead
 
 
-def test_items_come_in_order_each_with_what_was_read_of_it():
-    assert list(read_ahead(range(20), lambda n: n * n)) == [(n, n * n) for n in range(20)]
-    assert list(read_ahead([], str)) == []
+@pytest.mark.parametrize("threads", [1, 3])
+def test_results_come_in_the_order_of_the_items(threads):
+    assert list(read_ahead(lambda n: n * n, range(20), threads=threads)) == [n * n for n in range(20)]
+    assert list(read_ahead(str, [], threads=threads)) == []
 
 
-def test_the_next_item_is_read_while_the_caller_is_busy_and_no_further_one():
-    reading = [threading.Event() for _ in range(4)]
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_next_items_are_read_while_one_is_used_and_no_further_one(threads):
+    reading = [threading.Event() for _ in range(6)]
 
     def read(n):
         reading[n].set()
+        return n
 
-    for n, _ in read_ahead(range(4), read):
-        if n < 3:
-            assert reading[n + 1].wait(timeout=30)
-        assert not any(event.is_set() for event in reading[n + 2 :])
+    for n in read_ahead(read, range(6), threads=threads):
+        for ahead in reading[n + 1 : n + 1 + threads]:
+            assert ahead.wait(timeout=30)
+        assert not any(event.is_set() for event in reading[n + 1 + threads :])
 
 
 def test_an_error_of_reading_comes_after_the_items_before_it():
-    def read(n):
-        return 1 // (2 - n)
-
-    found = read_ahead(range(5), read)
-    assert [next(found), next(found)] == [(0, 0), (1, 1)]
+    found = read_ahead(lambda n: 1 // (2 - n), range(5))
+    assert [next(found), next(found)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(found)
 

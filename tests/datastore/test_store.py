@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import threading
 from dataclasses import fields
 from pathlib import Path
 
@@ -194,6 +195,28 @@ def test_damage_is_mended_as_the_error_says(folder):
     (folder / SHARD).unlink()
     build_store(folder, source("pool", 7), source("more", 4), skip=SKIP)
     assert tree(folder) == whole
+
+
+def test_the_blocks_before_a_damaged_shard_come_first_and_its_own_never(tmp_path):
+    folder = build_store(tmp_path, source("pool", 30))
+    alter(folder / "shards/adam/checkpoint-2/s0000-0000000012-0000000015.safetensors")
+    blocks = Datastore.open(folder).iter_blocks("adam", "checkpoint-2")
+    assert [next(blocks).start for _ in range(4)] == [0, 3, 6, 9]
+    with pytest.raises(DamagedStoreError, match="0000000012"):
+        next(blocks)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_only_a_few_shards_are_read_ahead_and_no_thread_outlives_the_blocks(tmp_path, monkeypatch, verify):
+    folder = build_store(tmp_path, source("pool", 60))
+    opened, before, real = [], threading.active_count(), store.open_shard
+    monkeypatch.setattr(store, "open_shard", lambda *args: opened.append(args) or real(*args))
+    blocks = Datastore.open(folder).iter_blocks("adam", "checkpoint-2", verify=verify)
+    assert next(blocks).start == 0
+    assert next(blocks).start == 3
+    assert 2 <= len(opened) <= 2 + store.NUM_READERS
+    blocks.close()
+    assert threading.active_count() == before
 
 
 def test_a_file_is_hashed_at_most_once(folder, monkeypatch):

@@ -173,6 +173,16 @@ def test_scores_do_not_depend_on_the_shards(tmp_path, stores, phis, psis, shard_
     assert np.allclose(found_NJ, expected_NJ, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk_values", [1, K, 2 * K, 3 * K + 1, 1000 * K])
+@pytest.mark.parametrize("normalize", ["cosine", "none"])
+def test_scores_do_not_depend_on_how_many_rows_are_cast_at_once(stores, psis, monkeypatch, chunk_values, normalize):
+    queries_JK = queries(psis, normalize=normalize)
+    expected_NJ = influence_scores(stores["float16"], "adam", queries_JK, WEIGHTS, normalize=normalize)
+    monkeypatch.setattr("less.influence.CHUNK_VALUES", chunk_values)
+    found_NJ = influence_scores(stores["float16"], "adam", queries_JK, WEIGHTS, normalize=normalize)
+    assert np.allclose(found_NJ, expected_NJ, rtol=1e-5, atol=1e-6)
+
+
 def test_two_scans_are_equal_to_the_bit(stores, psis):
     one, other = (influence_scores(stores["float16"], "adam", queries(psis), WEIGHTS) for _ in range(2))
     assert np.array_equal(one, other)
