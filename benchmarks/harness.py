@@ -11,7 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def timed(
     rounds: int,
     gate: Callable[[dict[str, Any]], None],
     wait: Callable[[], None] = lambda: None,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """Seconds and ratios of each way.
 
@@ -44,19 +45,25 @@ def timed(
         rounds: how often each is timed.
         gate: raises if the results of the first round do not agree.
         wait: returns once the device has finished.
+        before: makes each run start alike; not timed.
 
     Returns:
         For each way `seconds` (median), `ratio` (median over rounds) and `ratios`.
     """
-    gate({name: work() for name, work in ways.items()})
+
+    def run(work: Callable[[], Any]) -> tuple[float, Any]:
+        before()
+        wait()
+        start = time.perf_counter()
+        result = work()
+        wait()
+        return time.perf_counter() - start, result
+
+    gate({name: run(work)[1] for name, work in ways.items()})
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, work in ways.items():
-            wait()
-            start = time.perf_counter()
-            work()
-            wait()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(run(work)[0])
     found = {}
     for name, own in seconds.items():
         ratios = [one / other for one, other in zip(own, seconds[against], strict=True)]
@@ -68,8 +75,8 @@ def timed(
     return found
 
 
-def machine() -> dict[str, Any]:
-    """What ran it."""
+def machine(*others: str) -> dict[str, Any]:
+    """What ran it: hardware, and the versions of our own packages and of `others`."""
     import torch
 
     names = Path("/proc/cpuinfo")
@@ -79,26 +86,39 @@ def machine() -> dict[str, Any]:
         "cores": len(model),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "gradsift")},
+        "versions": {name: version_of(name) for name in ("torch", "transformers", "peft", "gradsift", *others)},
     }
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed package; None where it is not, as ours may be that runs from its folder."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def machine_in_words(where: dict[str, Any]) -> str:
     """What `machine` found, as the end of a paragraph."""
-    versions = ", ".join(f"{name} {v}" for name, v in where["versions"].items())
+    versions = ", ".join(f"{name} {v or 'not installed'}" for name, v in where["versions"].items())
     return f"{where['gpu'] or where['cpu']}, {where['threads']} of {where['cores']} cores; {versions}."
 
 
-def table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """The lines of a page's table of what `timed` found."""
-    return [
-        "| way | seconds | ratio | ratios of the rounds |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| {name} | {found['seconds']:.2f} | {found['ratio']:.2f} | {', '.join(map(str, found['ratios']))} |"
-            for name, found in results.items()
-        ),
-    ]
+def table(results: dict[str, dict[str, Any]], **more: str) -> list[str]:
+    """The lines of a page's table of what `timed` found.
+
+    Args:
+        results: from `timed`.
+        more: key in a way's results → title of one more column; a column without any number is left out.
+    """
+    columns = {key: title for key, title in more.items() if any(found.get(key) for found in results.values())}
+    lines = ["| " + " | ".join(["way", "seconds", "ratio", "ratios of the rounds", *columns.values()]) + " |"]
+    lines.append("| " + " | ".join(["---"] * (4 + len(columns))) + " |")
+    for name, found in results.items():
+        cells = [name, f"{found['seconds']:.2f}", f"{found['ratio']:.2f}", ", ".join(map(str, found["ratios"]))]
+        cells += ["" if found.get(key) is None else f"{found[key]:,}" for key in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def write_report(report: dict[str, Any], page: str, path: Path | None) -> None:
