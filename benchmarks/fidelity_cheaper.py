@@ -635,10 +635,10 @@ def as_markdown(result: Mapping[str, Any], picture: str) -> str:
                 lines.append(f"| {in_words(way)} | {way['checkpoints']} | {' | '.join(cells)} |")
     lines += ["", "## Two stages", ""]
     lines += [
-        "`build-datastore --prefilter F` ranks the rows by one checkpoint alone, the weightiest, and the others "
-        f"for the best F of them. What it keeps of the plain build's own top {FRACTION:.0%} (the same projection, every "
-        "checkpoint) at F = 0.2, the F that keeps 95% of it, and what both stages then cost beside the plain build, if "
-        f"the rows kept are as long as the others; for {', '.join(sets)}.", "",
+        "`build-datastore --prefilter F` ranks the rows by one checkpoint alone, the weightiest, and does the others "
+        f"for the best F of them. What it keeps of the plain build's own top {FRACTION:.0%} (same projection, every "
+        "checkpoint) at F = 0.2, the F that keeps 95% of it, and what both stages then cost beside the plain build "
+        f"where the rows kept are as long as the others; for {', '.join(sets)}.", "",
         "| first stage | checkpoint | kept at F = 0.2 | f95 | its 95% intervals | cost |",
         "| --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
