@@ -75,7 +75,7 @@ def _lines(store: Any) -> list[tuple[str, str]]:
         ("scored rows", f"{store.num_rows:,} of {sum(s.num_rows for s in store.sources):,}"),
         ("size", human_bytes(store.num_bytes)),
         ("model", f"{environment['model']} ({model['dtype']}, fingerprint {model['fingerprint'][:12]})"),
-        ("LoRA parameters", f"{model['num_params']:,}"),
+        ("LoRA parameters", f"{model['num_params']:,}, layers {model['layers']}"),
         ("rendering", _fields(rendering)),
         ("made with", f"{environment['device']}, " + ", ".join(f"{k} {v}" for k, v in environment["versions"].items())),
     ]

@@ -63,3 +63,5 @@ def test_one_checkpoint_with_the_same_layers_is_refused_before_any_work(gradsift
     assert "--prefilter-layers last:N" in gradsift(*command).error
     assert not list(tmp_path.glob("ds*"))
     assert gradsift(*command, "--prefilter-layers", "last:1").code == 0
+    assert "layers all\n" in gradsift("inspect", tmp_path / "ds").out
+    assert "layers last:1\n" in gradsift("inspect", tmp_path / "ds.prefilter").out
