@@ -7,7 +7,6 @@ no row of their shard is dropped, and a file's checksum is checked before its fi
 Scores are left to `less.influence`, neighbours to `search`.
 """
 
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from datastore.build import BUILD, SourceEntry
 from datastore.errors import SettingError, StoreError
-from datastore.files import FileEntry, damaged, hash_file
+from datastore.files import FileEntry, damaged, hash_file, read_through
 from datastore.manifest import MANIFEST, Manifest, RowRange
 from datastore.overlap import read_ahead
 from datastore.shards import Shard, ShardKey, SkippedRow, direction_path, open_direction, open_shard
@@ -267,7 +266,7 @@ class Datastore:
         in_memory = verify and key.path not in self._verified  # the checksum has read it all
         shard = self.shard(key, verify=verify)
         if whole and not in_memory:
-            shard.features_NK.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].sum()  # a byte of a page reads the page
+            read_through(self.path / key.path)
         keep = ~np.isin(shard.rows_N, [row.row for row in rows.skipped])
         shape = (int(np.count_nonzero(keep)), shard.features_NK.shape[1])
         if shape != (expected := (rows.num_scored, self.proj_dim(feature_set))):
