@@ -364,21 +364,25 @@ class _Builder:
     def write_missing(self, writer: DatastoreWriter, sources: dict[int, Source], what: str, progress: bool) -> int:
         """Compute and write what the store lacks; returns rows times checkpoints computed."""
         tasks = [_Task(list(keys)) for _, keys in groupby(writer.missing_shards(), key=_Task.place)]
-        num_rows_of = [self.shortlist.num_left(sources[task.source], task.rows, task.checkpoint) for task in tasks]
+        num_left = {task: self.shortlist.num_left(sources[task.source], task.rows) for task in tasks}
+        num_to_compute = sum(num for task, num in num_left.items() if not self.shortlist.is_done(task.checkpoint))
         row_bytes = {
             fs.name: projector.dim * np.dtype(self._dtype(fs)).itemsize for fs, projector in self.projectors.items()
         }
-        check_free_space(writer.path, sum(len(task.rows) * row_bytes[name] for task in tasks for name in task.keys))
+        check_free_space(
+            writer.path, sum(num * row_bytes[name] for task, num in num_left.items() for name in task.keys)
+        )
         directions = writer.missing_directions()
         with (
-            Progress(total=sum(num_rows_of), description=what, enabled=progress) as bar,
+            Progress(total=num_to_compute, description=what, enabled=progress) as bar,
             WriteBehind() as write_behind,
         ):
 
             def render(task: _Task) -> tuple[_Task, RowRange | dict[str, Shard]]:
                 source, rows, strict = sources[task.source], task.rows, self.config.strict
                 set_aside = self.shortlist.set_aside(source, rows)
-                if exact := self.shortlist.exact_shards(source, rows, task.checkpoint):
+                if self.shortlist.is_done(task.checkpoint):
+                    exact = self.shortlist.exact_shards(source, rows)
                     return task, {name: without_rows(shard, source, rows, set_aside) for name, shard in exact.items()}
                 return task, render_range(source, rows, self.renderer, strict=strict, set_aside=set_aside)
 
@@ -408,7 +412,7 @@ class _Builder:
                     )
                     for feature_set, shard in shards.items():
                         write_behind(writer.write_shard, task.keys[feature_set], shard)
-        return sum(num_rows_of)
+        return num_to_compute
 
     def _prepare(self, checkpoint: Checkpoint) -> list[FeatureSet]:
         load_adapter_weights(self.model, checkpoint.path)

@@ -73,23 +73,24 @@ class Shortlist:
         left_out = rows.start + np.flatnonzero(ranks_R[rows.start : rows.stop] > self.num_kept)
         return {n: f"rank {ranks_R[n]} of {self.num_ranked}, score {scores_R[n]:.4g}" for n in left_out.tolist()}
 
-    def exact_shards(self, source: Source, rows: range, checkpoint: str) -> dict[str, Shard] | None:
-        """By feature set, the shard of these rows at a checkpoint where the cheap store has the exact ones."""
-        if self.exact is None or self.exact.checkpoints != [checkpoint]:
-            return None
+    def is_done(self, checkpoint: str) -> bool:
+        """Whether the cheap store has the exact features of this checkpoint."""
+        return self.exact is not None and self.exact.checkpoints == [checkpoint]
+
+    def exact_shards(self, source: Source, rows: range) -> dict[str, Shard]:
+        """By feature set, the cheap store's shard of these rows, at a checkpoint that is done."""
+        assert self.exact is not None
         number = [entry.sha256 for entry in self.exact.sources].index(source.sha256)
         keys = {
             name: ShardKey(
-                feature_set=name, checkpoint=checkpoint, source=number, start=rows.start, stop=rows.stop
+                feature_set=name, checkpoint=self.exact.checkpoints[0], source=number, start=rows.start, stop=rows.stop
             )
             for name in self.exact.feature_sets
         }  # fmt: skip
         return {name: self.exact.shard(key) for name, key in keys.items()}
 
-    def num_left(self, source: Source, rows: range, checkpoint: str) -> int:
-        """Rows of a range that are still to be computed at a checkpoint."""
-        if self.exact is not None and self.exact.checkpoints == [checkpoint]:
-            return 0
+    def num_left(self, source: Source, rows: range) -> int:
+        """Rows of a range that are not set aside."""
         if self.ranks is None:
             return len(rows)
         return int(np.count_nonzero(self.ranks[source.sha256][rows.start : rows.stop] <= self.num_kept))

@@ -8,8 +8,9 @@ last bits of a feature and is therefore noted in the shard. Which ranges are com
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def render_range(
 def without_rows(shard: Shard, source: Source, rows: range, set_aside: Mapping[int, str]) -> Shard:
     """A shard of these rows of a source without those that are set aside."""
     keep_N = ~np.isin(shard.rows_N, list(set_aside))
-    arrays = {field.name: getattr(shard, field.name) for field in fields(shard) if field.name[-1] in "NK"}
+    arrays: dict[str, Any] = {name: value for name, value in vars(shard).items() if isinstance(value, np.ndarray)}
     skipped = [
         _set_aside(record, set_aside[record.number])
         for record in source.iter_records(rows.start, rows.stop)

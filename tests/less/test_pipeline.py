@@ -28,7 +28,7 @@ from datastore.errors import (
     StoreError,
     StoreLockedError,
 )
-from less import BuildConfig, build_datastore
+from less import BuildConfig
 from less.models import load_base_model, load_tokenizer
 
 NAME = "adam-sparse"
@@ -49,18 +49,6 @@ def write_lines(path: Path, lines) -> Path:
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def build(tiny_model_folder, tiny_run):
-    def call(folder, data, **changes):
-        options = {
-            "model": tiny_model_folder, "checkpoints": tiny_run, "proj_dim": 64, "shard_rows": 8,
-            "tokens_per_batch": 256, "feature_dtype": "float32", "progress": False,
-        }  # fmt: skip
-        return build_datastore(datastore=folder, data=data, **options | changes)
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 
 from datastore import Datastore
 from datastore.errors import DataError, ProvenanceError, RowError, SettingError, StoreError
-from less import BuildConfig, EvidenceWarning, build_datastore, score, select
+from less import BuildConfig, EvidenceWarning, score, select
 from less.checkpoints import find_checkpoints
 from less.data.rendering import Renderer
 from less.scoring import Scorer
@@ -28,18 +28,6 @@ FRACTION, NUM_ROWS, NUM_KEPT = 0.3, 40, 12
 @pytest.fixture(autouse=True)
 def no_power_cut(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture(scope="module")
-def build(tiny_model_folder, tiny_run):
-    def call(folder, data, **changes):
-        options = {
-            "model": tiny_model_folder, "checkpoints": tiny_run, "proj_dim": 64, "shard_rows": 8,
-            "tokens_per_batch": 256, "feature_dtype": "float32", "progress": False,
-        }  # fmt: skip
-        return build_datastore(datastore=folder, data=data, **options | changes)
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +168,12 @@ class TestTheRowsKept:
         rendered = [name for name in rendered if name.startswith("row-")]
         assert len(rendered) == NUM_ROWS + NUM_KEPT
         assert set(rendered[NUM_ROWS:]) == set(Datastore.open(tmp_path / "ds").rows().ids)
+
+    def test_alone_need_room_on_the_disk(self, two_stage, tiny_pool, tmp_path, monkeypatch):
+        asked = []
+        monkeypatch.setattr("less.pipeline.check_free_space", lambda folder, num_bytes: asked.append(num_bytes))
+        two_stage(tmp_path / "ds", tiny_pool)
+        assert asked == [NUM_ROWS * 64 * 4, 2 * NUM_KEPT * 64 * 4]
 
     def test_come_from_all_sources(self, two_stage, stores, tiny_rows, tmp_path):
         parts = [tiny_rows[:25], tiny_rows[25:]]
