@@ -46,7 +46,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ches.ranks import average_ranks, spearman
+from less.statistics import average_ranks, spearman
 
 FILTERS = ("ln_ches", "ches", "alpha_ches")
 LENGTH_FILTERS = ("length_difference", "-length_chosen")

@@ -46,7 +46,6 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ches.ranks import average_ranks
 from datastore import Datastore
 from less import build_datastore
 from less.adapters import adapted_model, load_adapter_weights
@@ -60,6 +59,7 @@ from less.gradients import per_sample_gradients
 from less.models import ParamLayout, choose_layers, context_length, layer_of, load_base_model, load_tokenizer
 from less.moments import load_adam_state
 from less.projection import ProjectionConfig, Projector, make_projector
+from less.statistics import average_ranks
 
 ATTENTION, MLP = "self_attn", "mlp"
 RANGE_ROWS = 128

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from less.statistics import auc, r_precision
+
 TARGETS = ("bbh", "gsm8k", "t0", "dolly")
 KNOWN = ("t0", "dolly")
 LEAST_RIGHT_ROWS = 5
@@ -137,21 +139,6 @@ def provenance_measures(scores: Path, pool: Path, dataset: str) -> dict:
         for key in ("r_precision", "auc", "auc_within_dataset", "chance")
     }
     return {"num_subtasks": len(by_subtask), **means, "ceiling": 1.0, "by_subtask": by_subtask}
-
-
-def r_precision(score_N: np.ndarray, is_right_N: np.ndarray) -> float:
-    """Of the R best rows, the share that are right, where R is the number of right ones."""
-    num_right = int(is_right_N.sum())
-    best = np.argsort(-score_N, kind="stable")[:num_right]
-    return float(is_right_N[best].mean())
-
-
-def auc(score_N: np.ndarray, is_right_N: np.ndarray) -> float:
-    """Probability that a right row scores above another one; ties count half (Mann-Whitney)."""
-    right, other = score_N[is_right_N], np.sort(score_N[~is_right_N])
-    below = np.searchsorted(other, right, "left")
-    ties = np.searchsorted(other, right, "right") - below
-    return float(np.mean((below + ties / 2) / len(other)))
 
 
 def what_was_selected(scores: Path, pool: Path) -> dict:

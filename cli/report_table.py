@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ches.ranks import spearman
 from ches.scored import LENGTHS, PROBLEM, Manifest, manifest_path
 from cli.report_text import beginning
 from cli.showing import one_line
 from datastore import SkippedRow
 from datastore.errors import DataError, StoreError
 from less.data.records import Source
+from less.statistics import spearman
 
 __all__ = ["MEASURES", "RISKIER_IF_LOW", "Making", "ScoredTable", "find_making"]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks import evidence_displacement
 from benchmarks.evidence_displacement import partial_spearman, verdict, with_interval
-from ches.ranks import spearman
+from less.statistics import spearman
 
 COLUMNS = st.integers(6, 15).flatmap(
     lambda n: st.lists(st.lists(st.integers(0, 9), min_size=n, max_size=n), min_size=4, max_size=4)

@@ -1,38 +1,11 @@
-"""The measures of the real run, and the whole script on a tiny model."""
+"""The real run, on a tiny model."""
 
 import json
 import sys
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from benchmarks import fidelity_real
-from benchmarks.fidelity_real import auc, r_precision
-
-LABELLED = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=20).filter(
-    lambda rows: len({right for _, right in rows}) == 2
-)
-
-
-@given(LABELLED)
-def test_auc_is_the_share_of_pairs_in_the_right_order(rows):
-    score_N, right_N = (np.array(column) for column in zip(*rows, strict=True))
-    pairs = [(a > b) + (a == b) / 2 for a in score_N[right_N] for b in score_N[~right_N]]
-    assert auc(score_N, right_N) == pytest.approx(np.mean(pairs))
-
-
-@given(LABELLED)
-def test_r_precision_is_the_share_of_right_rows_at_the_top(rows):
-    score_N, right_N = (np.array(column) for column in zip(*rows, strict=True))
-    order = sorted(range(len(rows)), key=lambda n: (-score_N[n], n))[: right_N.sum()]
-    assert r_precision(score_N, right_N) == pytest.approx(np.mean([right_N[n] for n in order]))
-
-
-def test_perfect_scores_reach_the_ceiling():
-    right_N = np.array([True, False, True, False])
-    assert r_precision(right_N.astype(float), right_N) == auc(right_N.astype(float), right_N) == 1
 
 
 @pytest.mark.filterwarnings("ignore::less.checkpoints.EvidenceWarning")

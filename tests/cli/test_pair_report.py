@@ -13,11 +13,11 @@ import pytest
 
 import cli.figures
 import cli.pair_report
-from ches.ranks import spearman
 from ches.scored import Manifest, manifest_path
 from cli.figures import agreement, data_uri, density, histogram
 from cli.pair_report import write_report
 from datastore.errors import DataError, SettingError
+from less.statistics import spearman
 
 MEASURES = ("ches", "ln_ches", "alpha_ches", "last_hidden", "edit_distance")
 LENGTHS = ("length_difference", "length_chosen", "length_rejected")
