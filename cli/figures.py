@@ -27,7 +27,7 @@ _DENSITY = LinearSegmentedColormap.from_list("density", ["#e3e9f2", "#7d93b2", "
 _POINTS = 2000  # above this, points hide one another: hexagons that are counted instead
 _BINS = 40
 _INK, _FAINT, _FILL, _RIM, _MARK = "#2b2f36", "#c9ced6", "#7d93b2", "#c4d0e0", "#b35806"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.color": _INK,
     "axes.edgecolor": _FAINT,
@@ -56,7 +56,7 @@ def histogram(x_N: NDArray[np.float64], *, label: str) -> Figure:
         x_N: at least one finite value.
         label: of the horizontal axis.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _figure(4.4, 2.3)
         span = _with_width(shown_range(x_N))
         for values, color in ((np.clip(x_N, *span), _RIM), (x_N, _FILL)):
@@ -76,7 +76,7 @@ def density(x_N: NDArray[np.float64], y_N: NDArray[np.float64], *, xlabel: str, 
     Args:
         x_N, y_N: at least one finite value each, of the same rows.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _figure(4.4, 2.3)
         xlim, ylim = _with_width(shown_range(x_N)), _with_width(shown_range(y_N))
         x_N, y_N = np.clip(x_N, *xlim), np.clip(y_N, *ylim)
@@ -99,7 +99,7 @@ def density(x_N: NDArray[np.float64], y_N: NDArray[np.float64], *, xlabel: str, 
 
 def agreement(rho_MM: NDArray[np.float64], names: Sequence[str]) -> Figure:
     """Correlations in numbers and colours, from blue at -1 through white to orange at 1; a dash for NaN."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         size = len(names)
         figure, axes = _figure(1.75 + 0.72 * size, 0.75 + 0.42 * size)
         axes.imshow(rho_MM, cmap=_TURNING, vmin=-1, vmax=1, aspect="auto")
@@ -124,7 +124,7 @@ def shown_range(x_N: NDArray[np.float64]) -> tuple[float, float]:
 
 def data_uri(figure: Figure) -> str:
     """The figure as an SVG inside a data URI. ASCII."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         svg = StringIO()
         nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(svg, format="svg", dpi=_DPI, metadata=nothing)

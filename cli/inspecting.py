@@ -25,7 +25,9 @@ def inspect_command(datastore: str, verify: bool, as_json: bool, quiet: bool, de
 
     store = Datastore.open(datastore)
     if verify:
-        _verify(store, progress=not quiet)
+        from less.checksums import verify_files
+
+        verify_files(store, progress=not quiet)
     if as_json:
         import json
 
@@ -51,21 +53,6 @@ def inspect_command(datastore: str, verify: bool, as_json: bool, quiet: bool, de
     show_skipped(store.skipped, sum(source.num_rows for source in store.sources))
     if verify:
         click.echo("every checksum is right")
-
-
-def _verify(store: Any, progress: bool) -> None:
-    """`Datastore.verify`, with a bar: a large store takes a while."""
-    from datastore.files import damaged
-    from less.progress import Progress
-
-    problems = {}
-    with Progress(total=len(store.manifest.files), description="verify", unit="files", enabled=progress) as bar:
-        for path, _, problem in store.iter_verify():
-            bar.advance()
-            if problem:
-                problems[store.path / path] = problem
-    if problems:
-        raise damaged(problems)
 
 
 def _lines(store: Any) -> list[tuple[str, str]]:

@@ -15,12 +15,15 @@ from typing import TextIO
 import click
 
 from cli.building import build_datastore_command
+from cli.embedding import build_embeddings_command
+from cli.evaluating import evaluate_command
 from cli.inspecting import inspect_command
 from cli.preferences import ches_group
 from cli.quickstart import quickstart_command
 from cli.rendering import render_command
 from cli.selecting import select_command
 from cli.training import warmup_command
+from cli.verifying import verify_command
 
 __all__ = ["gradsift", "main"]
 
@@ -51,9 +54,12 @@ def gradsift() -> None:
 for command in (
     warmup_command,
     build_datastore_command,
+    build_embeddings_command,
     select_command,
+    evaluate_command,
     render_command,
     inspect_command,
+    verify_command,
     quickstart_command,
     ches_group,
 ):
@@ -61,7 +67,7 @@ for command in (
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The console script: 0 is success, 2 a problem that the user can mend, said in one line."""
+    """The console script: 0 is success, 1 a missed bound (`verify`), 2 a problem to mend, said in one line."""
     args = sys.argv[1:] if args is None else list(args)
     _refuse_foreign_packages()
     for name, value in _ENVIRONMENT.items():

@@ -33,6 +33,12 @@ _NUM_SHOWN = 5
     type=click.Choice(["max", "round-robin"]),
     help="One selection for all target sets: by the best of them, or by turns.  [default: one each]",
 )
+@click.option(
+    "--method",
+    type=click.Choice(["less", "rds", "bm25", "length", "perplexity", "random"]),
+    help="What ranks: gradient influence, or a baseline to hold it against.  [default: less; rds for embeddings]",
+)
+@click.option("--seed", default=0, show_default=True, metavar="S", help="Of --method random.")
 @click.option("--feature-set", metavar="NAME", help="Which feature set, where the store has several.")
 @click.option(
     "--aggregate",
@@ -62,6 +68,10 @@ _NUM_SHOWN = 5
 @output_options
 def select_command(quiet: bool, debug: bool, **options: Any) -> None:
     """Rank a store's rows by their influence on the targets and write the best, with every original column.
+
+    With another --method the same rows are ranked by a baseline, and the same files are written: `rds` (cosine of
+    hidden states) and `bm25` (words shared) look at the targets, `length`, `perplexity` and `random` do not. `rds` and
+    `perplexity` embed the pool first, once, into DS.rds.
 
     \b
     gradsift select --datastore store --targets target.jsonl \\

@@ -9,40 +9,62 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from less.certificate import Certificate
     from less.checkpoints import EvidenceWarning
+    from less.embedding_store import EmbeddingConfig, build_embeddings
+    from less.evaluation.experiment import EvaluateConfig, evaluate
+    from less.evaluation.summary import Evaluation
     from less.influence import InfluenceScores
+    from less.methods import score
     from less.pipeline import BuildConfig, BuildResult, build_datastore
     from less.ranking import Selection, select
-    from less.scoring import ScoreConfig, score
+    from less.scoring import ScoreConfig
     from less.training import WarmupConfig, WarmupResult, warmup
+    from less.verification import VerifyConfig, verify
 
 __all__ = [
     "BuildConfig",
     "BuildResult",
+    "Certificate",
+    "EmbeddingConfig",
+    "EvaluateConfig",
+    "Evaluation",
     "EvidenceWarning",
     "InfluenceScores",
     "ScoreConfig",
     "Selection",
+    "VerifyConfig",
     "WarmupConfig",
     "WarmupResult",
     "build_datastore",
+    "build_embeddings",
+    "evaluate",
     "score",
     "select",
+    "verify",
     "warmup",
 ]
 
 _HOME = {
     "BuildConfig": "pipeline",
     "BuildResult": "pipeline",
+    "Certificate": "certificate",
+    "EmbeddingConfig": "embedding_store",
+    "EvaluateConfig": "evaluation.experiment",
+    "Evaluation": "evaluation.summary",
     "EvidenceWarning": "checkpoints",
     "InfluenceScores": "influence",
     "ScoreConfig": "scoring",
     "Selection": "ranking",
+    "VerifyConfig": "verification",
     "WarmupConfig": "training",
     "WarmupResult": "training",
     "build_datastore": "pipeline",
-    "score": "scoring",
+    "build_embeddings": "embedding_store",
+    "evaluate": "evaluation.experiment",
+    "score": "methods",
     "select": "ranking",
+    "verify": "verification",
     "warmup": "training",
 }
 

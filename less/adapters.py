@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 from datastore.errors import CheckpointError, UnsupportedError
 from less.models import first_line, lora_layers, lora_parameters
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "adapted_model", "load_adapter_weights", "lora_model"]
+__all__ = [
+    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "adapted_model", "load_adapter_config", "load_adapter_weights", "lora_model",
+]  # fmt: skip
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -65,7 +67,7 @@ def adapted_model(base: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
         CheckpointError: the folder holds no adapter, or one that does not fit the model.
         UnsupportedError: an adapter whose per-sample gradients would be wrong.
     """
-    with lora_model(base, _load_adapter_config(folder)) as model:
+    with lora_model(base, load_adapter_config(folder)) as model:
         load_adapter_weights(model, folder)
         yield model.eval()
 
@@ -99,7 +101,12 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
             parameter.copy_(saved[name])
 
 
-def _load_adapter_config(folder: Path) -> LoraConfig:
+def load_adapter_config(folder: Path) -> LoraConfig:
+    """The shape of a checkpoint's adapter, without dropout, for weights that come from a file.
+
+    Raises:
+        CheckpointError: there is none; UnsupportedError: see `lora_model`.
+    """
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise CheckpointError(f"{folder}: no {ADAPTER_CONFIG}; expected a checkpoint of a PEFT LoRA model")

@@ -20,7 +20,7 @@ from datastore.errors import CheckpointError, SettingError
 from less.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from less.moments import optimizer_file, read_optimizer
 
-__all__ = ["Checkpoint", "EvidenceWarning", "as_paths", "find_checkpoints"]
+__all__ = ["Checkpoint", "EvidenceWarning", "as_paths", "checkpoint_folders", "find_checkpoints"]
 
 _TRAINER_STATE = "trainer_state.json"
 _ADAPTER_FIELDS = (
@@ -75,7 +75,7 @@ def find_checkpoints(paths: Sequence[str | Path], weights: Sequence[float] | Non
         SettingError: no path is given; `weights` has the wrong length, a negative or infinite member, or
             only zeros.
     """
-    folders = [folder for path in paths for folder in _checkpoint_folders(Path(path))]
+    folders = [folder for path in paths for folder in checkpoint_folders(Path(path))]
     if not folders:
         raise SettingError("no checkpoint is given; expected run or checkpoint folders")
     for index, folder in enumerate(folders):
@@ -145,9 +145,14 @@ class _TrainingLog:
         return fmean(rates[s] for s in steps) if steps and all(s in rates for s in steps) else None
 
 
-def _checkpoint_folders(path: Path) -> list[Path]:
+def checkpoint_folders(path: Path) -> list[Path]:
+    """The checkpoints of a run folder in step order, of `RUN:last`, or a checkpoint folder itself.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if path.name.endswith(":last") and not path.exists():
-        return _checkpoint_folders(path.with_name(path.name.removesuffix(":last")))[-1:]
+        return checkpoint_folders(path.with_name(path.name.removesuffix(":last")))[-1:]
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}; expected a run folder, RUN:last or a checkpoint folder")
     steps = {p: int(p.name[11:]) for p in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)}

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +20,19 @@ import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datastore import Build, Datastore, DatastoreWriter, Shard, ShardKey, SkippedRow, SourceEntry, check_free_space
+from datastore import Build, Datastore, DatastoreWriter, Shard, ShardKey, SkippedRow, check_free_space
 from datastore.errors import DataError, SettingError, StoreError
 from datastore.overlap import WriteBehind, read_ahead
 from less.adam import NEEDS_MOMENTS, UPDATE_RULES
 from less.adapters import adapted_model, load_adapter_weights
 from less.checkpoints import Checkpoint, as_paths, find_checkpoints
 from less.data.batching import BatchBudget
-from less.data.records import Source, open_source
+from less.data.records import Source
 from less.data.rendering import RenderConfig, Renderer
-from less.features import FeatureSet, FeatureSetConfig, shared_direction
+from less.features import FeatureSet, FeatureSetConfig, gradient_features, shared_direction
 from less.models import ParamLayout, context_length, load_base_model, load_tokenizer
 from less.moments import AdamState, load_adam_state
+from less.pool import entry_of, open_sources
 from less.prefilter import (
     EVERY_ROW,
     Shortlist,
@@ -277,7 +279,7 @@ class _Job:
             builder = _Builder(config, adapted, at, self.renderer, shortlist)
             with DatastoreWriter.open(folder, environment=environment, **builder.plan()) as writer:
                 _refuse_absent_sources(writer, self.sources)
-                numbers = writer.add_sources([_entry(source) for source in self.sources])
+                numbers = writer.add_sources([entry_of(source) for source in self.sources])
                 sources = dict(zip(numbers, self.sources, strict=True))
                 num_computed = builder.write_missing(writer, sources, what, self.progress)
                 writer.seal()
@@ -402,9 +404,14 @@ class _Builder:
                         if isinstance(found, dict)
                         else compute_shards(
                             found,
-                            model=self.model,
-                            feature_sets=[fs for fs in feature_sets if fs.name in task.keys],
+                            partial(
+                                gradient_features,
+                                self.model,
+                                feature_sets=[fs for fs in feature_sets if fs.name in task.keys],
+                            ),
+                            widths={fs.name: fs.projector.dim for fs in feature_sets if fs.name in task.keys},
                             dtypes={fs.name: self._dtype(fs) for fs in self.projectors},
+                            device=self.device,
                             budget=self.budget,
                             strict=self.config.strict,
                             bar=bar,
@@ -448,23 +455,6 @@ class _Task:
         return key.checkpoint, key.source, key.start, key.stop
 
 
-def open_sources(data: Any) -> list[Source]:
-    """One source for each file, data set or list of rows in `data`.
-
-    Raises:
-        DataError: there is nothing in them, or the same content is given twice.
-    """
-    is_several = isinstance(data, list | tuple) and not any(isinstance(row, dict) for row in data)
-    sources = [open_source(part) for part in (data if is_several else [data])]
-    if not sources:
-        raise DataError("no data was given; expected a file, a hub name, a datasets.Dataset or a list of dicts")
-    first_with: dict[str, Source] = {}
-    for source in sources:
-        if (first := first_with.setdefault(source.sha256, source)) is not source:
-            raise DataError(f"{first.name} and {source.name} have the same content; give each source once")
-    return sources
-
-
 def _refuse_absent_sources(writer: DatastoreWriter, sources: Sequence[Source]) -> None:
     """An interrupted build has to be completed with the data that it was given, before anything is written."""
     known, given = writer.build.sources, {source.sha256 for source in sources}
@@ -473,13 +463,3 @@ def _refuse_absent_sources(writer: DatastoreWriter, sources: Sequence[Source]) -
             f"{writer.path} still lacks rows of {absent[0].name}, which is not among the data given; add "
             f"{absent[0].location or 'it'} with --data"
         )
-
-
-def _entry(source: Source) -> SourceEntry:
-    return SourceEntry(
-        name=source.name,
-        kind=source.kind,
-        location=source.location,
-        sha256=source.sha256,
-        num_rows=source.num_rows,
-    )

@@ -28,7 +28,9 @@ __all__ = [
     "check_model",
     "check_template",
     "constants_of",
+    "holds_gradients",
     "location_of",
+    "record_embedding_settings",
     "record_environment",
     "record_settings",
     "recorded_projector",
@@ -83,6 +85,41 @@ def record_settings(
         "tokens_per_batch": tokens_per_batch,
         "prefilter": prefilter,
     }
+
+
+def record_embedding_settings(
+    *, base: PreTrainedModel, renderer: Renderer, dtype: str, tokens_per_batch: int
+) -> dict[str, Any]:
+    """The settings of a store of embeddings, as JSON: those of a build, without what an adapter decides.
+
+    Args:
+        base, renderer: the model, and how rows become tokens.
+        dtype: of the stored rows.
+        tokens_per_batch: as in `record_settings`.
+    """
+    return {
+        "model": {
+            "fingerprint": model_fingerprint(base),
+            "param_layout": None,
+            "num_params": 0,
+            "layers": None,
+            "dtype": str(base.dtype).removeprefix("torch."),
+        },
+        "rendering": renderer.provenance(),
+        "checkpoints": {
+            "base": {"step": 0, "weight": 1.0, "adapter_sha256": None, "optimizer_sha256": None, "adam": None}
+        },
+        "feature_sets": {
+            "rds": {"embedding": {"pooling": "position-weighted mean", "layer": "final", "version": 1}, "dtype": dtype}
+        },
+        "tokens_per_batch": tokens_per_batch,
+        "prefilter": None,
+    }
+
+
+def holds_gradients(store: Datastore) -> bool:
+    """Whether a store's features are of gradients, not embeddings."""
+    return all("update_rule" in entry for entry in store.settings["feature_sets"].values())
 
 
 def constants_of(state: AdamState | None) -> dict[str, Any] | None:

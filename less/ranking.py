@@ -8,7 +8,7 @@ business, the strategies are `less.selection`'s.
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,16 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datastore import Datastore, RowTable, SourceEntry
-from datastore.errors import DataError, SettingError
+from datastore import Datastore
+from datastore.errors import SettingError
 from less.checkpoints import EvidenceWarning
-from less.data.records import Record, Source, open_source
+from less.data.records import Record, Source
 from less.data.sources import JSON_LINES, json_of
 from less.data.targets import SkippedRow, TargetSet
 from less.data.writing import dataset_of, write_lines, write_selected
 from less.influence import InfluenceScores
-from less.pipeline import open_sources
-from less.scoring import ScoreConfig, Scorer
+from less.methods import open_scorer
+from less.pool import Pool
+from less.scoring import ScoreConfig
 from less.selection import SET_ASIDE, num_to_select, ranks, select_round_robin, select_top
 
 if TYPE_CHECKING:
@@ -127,14 +128,16 @@ def select(
     num_selected = num_to_select(store.num_rows, fraction=fraction, count=count, num_set_aside=num_set_aside)
     if combine is not None and combine not in COMBINATIONS:
         raise SettingError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
-    scorer = Scorer(store, ScoreConfig(**settings), model, tokenizer, checkpoints, progress)
+    config, pool = ScoreConfig(**settings), Pool(store, data)
+    scorer = open_scorer(
+        store, config, model=model, tokenizer=tokenizer, checkpoints=checkpoints, pool=pool, progress=progress
+    )
     target_sets = scorer.load_targets(targets)
     _warn_of_other_targets(store, target_sets)
     names = [t.name for t in target_sets]
     names = names if combine is None else ["+".join(names)]
     output_files = _files(output, names, (*JSON_LINES, ".parquet"))
     score_files = _files(scores, names, JSON_LINES)
-    pool = _Pool(store, data)
     _check_writable([*output_files, *score_files], pool.sources)
     influence, target_sets = scorer.score(target_sets)
     groups = [[t] for t in target_sets] if combine is None else [target_sets]
@@ -173,51 +176,6 @@ def _warn_of_other_targets(store: Datastore, target_sets: Sequence[TargetSet]) -
             EvidenceWarning,
             stacklevel=3,
         )
-
-
-class _Pool:
-    """The sources of a store, opened again to read the selected rows."""
-
-    def __init__(self, store: Datastore, data: Any) -> None:
-        given = {} if data is None else {source.sha256: source for source in open_sources(data)}
-        if strange := given.keys() - {entry.sha256 for entry in store.sources}:
-            source = given[min(strange)]
-            raise DataError(
-                f"{source.location or source.name} is no source of {store.path}: sha256 {source.sha256[:12]}, expected "
-                f"one of {', '.join(f'{entry.sha256[:12]} ({entry.name})' for entry in store.sources)}"
-            )
-        self.sources = [_reopen(entry, given) for entry in store.sources]
-
-    @property
-    def kind(self) -> str:
-        """What the sources are, where they are all of one kind."""
-        kinds = {source.kind for source in self.sources}
-        return kinds.pop() if len(kinds) == 1 else "memory"
-
-    def take(self, rows: RowTable, positions: NDArray[np.int64]) -> list[Record]:
-        """The records at these positions of `rows`, in this order; each source is read once."""
-        records: dict[int, Record] = {}
-        for number in np.unique(rows.sources_N[positions]).tolist():
-            own = positions[rows.sources_N[positions] == number]
-            taken = self.sources[number].take(rows.rows_N[own].tolist())
-            records.update(zip(own.tolist(), taken, strict=True))
-        return [records[n] for n in positions.tolist()]
-
-
-def _reopen(entry: SourceEntry, given: Mapping[str, Source]) -> Source:
-    if entry.sha256 in given:
-        return given[entry.sha256]
-    if entry.location is None:
-        raise DataError(f"{entry.name} was given in memory when the store was built; give it again as data")
-    if os.path.isabs(entry.location) and not os.path.exists(entry.location):
-        raise DataError(f"{entry.location} is no longer there; give the pool's {entry.name} again with --data")
-    source = open_source(entry.location)
-    if source.sha256 != entry.sha256:
-        raise DataError(
-            f"{entry.location} has changed since the store was built: sha256 {source.sha256[:12]}, expected "
-            f"{entry.sha256[:12]}. Restore it, or give the file that was used with --data"
-        )
-    return source
 
 
 def _choose(influence: InfluenceScores, count: int, *, by_turns: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

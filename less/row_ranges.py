@@ -7,7 +7,7 @@ last bits of a feature and is therefore noted in the shard. Which ranges are com
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
 from torch import Tensor
 
 from datastore import Shard, SkippedRow
-from less.data.batching import BatchBudget, collate, run_in_batches
+from less.data.batching import Batch, BatchBudget, collate, run_in_batches
 from less.data.records import Record, RowProblem, Source, skip
 from less.data.rendering import Rendered, Renderer
-from less.features import FeatureSet, gradient_features
+from less.features import BatchFeatures
 from less.progress import Progress
 from less.selection import SET_ASIDE
 
@@ -90,23 +89,25 @@ def without_rows(shard: Shard, source: Source, rows: range, set_aside: Mapping[i
 
 def compute_shards(
     rows: RowRange,
+    features_of: Callable[[Batch], BatchFeatures],
     *,
-    model: PeftModel,
-    feature_sets: Sequence[FeatureSet],
+    widths: Mapping[str, int],
     dtypes: Mapping[str, str],
+    device: torch.device,
     budget: BatchBudget,
     strict: bool,
     bar: Progress,
 ) -> dict[str, Shard]:
-    """The shard of each feature set, from one backward pass over the rows.
+    """The shard of each feature set, from one pass over the rows.
 
     Args:
         rows: from `render_range`.
-        model: a LoRA model, carrying the checkpoint's adapter.
-        feature_sets: made ready for the checkpoint.
+        features_of: computes a batch, such as `less.features.gradient_features` at a checkpoint.
+        widths: K of each feature set.
         dtypes: stored dtype of each feature set.
+        device: where batches are computed.
         budget: of a batch.
-        strict: a row whose gradient is zero or not finite is an error.
+        strict: a row whose feature is zero or not finite is an error.
         bar: told of rows and tokens as they are done.
 
     Raises:
@@ -115,13 +116,11 @@ def compute_shards(
     """
     records, rendered = rows.records, rows.rendered
     bar.advance(sum(row.reason != SET_ASIDE for row in rows.skipped))
-    results = {
-        fs.name: _Results.empty(len(records), fs.projector.dim, dtypes[fs.name], model.device) for fs in feature_sets
-    }
+    results = {name: _Results.empty(len(records), dim, dtypes[name], device) for name, dim in widths.items()}
 
     def compute(members: list[int]) -> None:
         batch = collate(rendered, members)
-        features = gradient_features(model, batch.to(model.device), feature_sets)
+        features = features_of(batch.to(device))
         for name, result in results.items():
             numbers = (features.losses_B, features.grad_norms_B, features.update_norms_B[name])
             result.put(members, features.features_BK[name], *numbers)

@@ -1,17 +1,16 @@
-"""Score a finished store against targets: their features at every checkpoint, then one scan.
+"""Score a finished store against targets by LESS: their features at every checkpoint, then one scan.
 
 The model runs on the targets only, and must be the one that the store was built with, which is checked by
-fingerprint. The formulas are in `less.influence`.
+fingerprint. The formulas are in `less.influence`; other ways to score are in `less.baselines`, `less.methods` chooses.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from datastore import Datastore
 from datastore.errors import DataError, ProvenanceError, RowError, SettingError
@@ -20,7 +19,7 @@ from less.checkpoints import Checkpoint, as_paths, find_checkpoints
 from less.data.batching import BatchBudget, collate, plan_batches
 from less.data.conversations import RowProblem
 from less.data.rendering import RenderConfig, Renderer
-from less.data.targets import TargetSet, load_targets
+from less.data.targets import TargetSet, columns_of, load_targets
 from less.features import FeatureSet, FeatureSetConfig, gradient_features
 from less.influence import InfluenceScores, check_formula, influence_scores, subtask_queries
 from less.models import ParamLayout, context_length, load_base_model, load_tokenizer
@@ -33,21 +32,27 @@ from less.provenance import (
     recorded_projector,
 )
 
-__all__ = ["ScoreConfig", "Scorer", "load_target_sets", "score"]
+__all__ = ["METHODS", "ScoreConfig", "Scorer", "load_target_sets", "open_base_model", "open_renderer"]
+
+METHODS = ("less", "rds", "bm25", "length", "perplexity", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
     """Settings of scoring; what is None is taken from the store."""
 
+    method: str | None = None
+    """less, rds, bm25, length, perplexity or random; None: less for a store of gradients, rds for one of embeddings."""
     feature_set: str | None = None
-    """Which of the store's feature sets; needed where it has several."""
+    """Which of the store's feature sets; `less` needs it where there are several."""
     aggregate: str = "mean-of-cosines"
     """mean-of-cosines, or cosine-of-mean (the paper's text)."""
     normalize: str = "cosine"
     """cosine, or none: the first-order prediction of the targets' loss drop, which favours short rows."""
     checkpoint_weights: Sequence[float] | None = None
     """w_c in the store's order of checkpoints."""
+    seed: int = 0
+    """Of the method `random`."""
     system_prompt: str | None = None
     """keep, none or a text, for the targets."""
     device: str = "auto"
@@ -62,38 +67,19 @@ class ScoreConfig:
     """Let code that comes with the model run."""
 
     def __post_init__(self) -> None:
+        if self.method not in (None, *METHODS):
+            raise SettingError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         check_formula(self.aggregate, self.normalize)
+        if self.method not in (None, "less"):
+            for name, default in (("feature_set", None), ("normalize", "cosine"), ("checkpoint_weights", None)):
+                if (given := getattr(self, name)) != default:
+                    raise SettingError(
+                        f"{name} is {given!r}, and the method {self.method} has none; leave it out, or choose less"
+                    )
+        if self.seed < 0:
+            raise SettingError(f"seed must be at least 0, got {self.seed}")
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise SettingError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
-
-
-def score(
-    *,
-    datastore: "str | Path | Datastore",
-    targets: Any,
-    model: "str | Path | PreTrainedModel | None" = None,
-    tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
-    checkpoints: "str | Path | Sequence[str | Path] | None" = None,
-    progress: bool = True,
-    **settings: Any,
-) -> InfluenceScores:
-    """Influence of every scored row of a store on every subtask of the targets.
-
-    Args:
-        datastore: a sealed store.
-        targets: a file, data set or list of dicts; several as a list, or as a dict that names them.
-        model: where it is not where the build found it; likewise `tokenizer` and `checkpoints`.
-        progress: show progress on standard error.
-        **settings: fields of `ScoreConfig`.
-
-    Raises:
-        DataError: no usable target.
-        ProvenanceError: the model or a checkpoint is not the one that the store was built with.
-    """
-    store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
-    scorer = Scorer(store, ScoreConfig(**settings), model, tokenizer, checkpoints, progress)
-    influence, _ = scorer.score(scorer.load_targets(targets))
-    return influence
 
 
 def load_target_sets(targets: Any, renderer: Renderer, strict: bool) -> list[TargetSet]:
@@ -117,8 +103,64 @@ def load_target_sets(targets: Any, renderer: Renderer, strict: bool) -> list[Tar
     return sets
 
 
+def open_base_model(store: Datastore, config: ScoreConfig, model: Any) -> PreTrainedModel:
+    """The model that a store was built with: `model`, or where the build found it.
+
+    Raises:
+        ProvenanceError: it has other weights.
+        SettingError: it is not given, and had no name.
+    """
+    loaded = load_base_model(
+        _name_of_model(store) if model is None else model,
+        dtype=store.settings["model"]["dtype"],
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    check_model(store, loaded)
+    return loaded
+
+
+def open_renderer(
+    store: Datastore, config: ScoreConfig, model: Any, tokenizer: Any, context_length: int | None
+) -> Renderer:
+    """Renders targets as the store's pool was, but for a system prompt of their own.
+
+    Raises:
+        ProvenanceError: the tokenizer or its template is another.
+        SettingError: the tokenizer is not given, and had no name.
+    """
+    where = store.environment
+    if tokenizer is None:
+        own = model is not None and where["tokenizer"] == where["model"]  # the model's own, then and now
+        tokenizer = location_of(model) if own else where["tokenizer"]
+        if not tokenizer:
+            raise SettingError("the tokenizer has no name to load it by; give it with --tokenizer")
+    renderer = Renderer(
+        load_tokenizer(tokenizer, trust_remote_code=config.trust_remote_code),
+        RenderConfig(**where["rendering"] | _given(system_prompt=config.system_prompt)),
+        context_length=context_length,
+    )
+    check_template(store, renderer)
+    return renderer
+
+
+def _name_of_model(store: Datastore) -> str:
+    if not (name := store.environment["model"]):
+        raise SettingError(f"{store.path} was built with a model that has no name; give it again with --model")
+    return name
+
+
 class Scorer:
-    """A store, the model that it was built with, and the settings of one scoring."""
+    """A store, the model that it was built with, and the settings of one scoring.
+
+    Args:
+        store: a sealed store of gradients.
+        config: of scoring.
+        model, tokenizer, checkpoints: where they are not where the build found them.
+        progress: show progress on standard error.
+        known: targets' features, filled as they are computed: ψ is of plain gradients, so that scorers of feature sets
+            with one projection can share it.
+    """
 
     def __init__(
         self,
@@ -128,33 +170,18 @@ class Scorer:
         tokenizer: Any,
         checkpoints: Any,
         progress: bool,
+        known: "dict[str, Tensor] | None" = None,
     ) -> None:
         self.store, self.config, self.progress = store, config, progress
+        self._known: dict[str, Tensor] = {} if known is None else known
         self.feature_set = self._choose_feature_set()
-        where = store.environment
         if store.num_rows == 0:
             raise DataError(f"{store.path} has no row to score: all {len(store.skipped)} of its pool were skipped")
-        if model is None and not where["model"]:
-            raise SettingError(f"{store.path} was built with a model that has no name; give it again with --model")
-        self.checkpoints = self._find_checkpoints(checkpoints or where["checkpoints"])
-        self.model = load_base_model(
-            where["model"] if model is None else model,
-            dtype=store.settings["model"]["dtype"],
-            device=config.device,
-            trust_remote_code=config.trust_remote_code,
-        )
-        check_model(store, self.model)
-        if tokenizer is None:
-            own = model is not None and where["tokenizer"] == where["model"]  # the model's own, then and now
-            tokenizer = location_of(model) if own else where["tokenizer"]
-            if not tokenizer:
-                raise SettingError("the tokenizer has no name to load it by; give it with --tokenizer")
-        self.renderer = Renderer(
-            load_tokenizer(tokenizer, trust_remote_code=config.trust_remote_code),
-            RenderConfig(**where["rendering"] | _given(system_prompt=config.system_prompt)),
-            context_length=context_length(self.model.config),
-        )
-        check_template(store, self.renderer)
+        if model is None:
+            _name_of_model(store)
+        self.checkpoints = self._find_checkpoints(checkpoints or store.environment["checkpoints"])
+        self.model = open_base_model(store, config, model)
+        self.renderer = open_renderer(store, config, model, tokenizer, context_length(self.model.config))
 
     def load_targets(self, targets: Any) -> list[TargetSet]:
         """The target sets, each with a name of its own."""
@@ -171,8 +198,7 @@ class Scorer:
         """
         features = dict(self._target_features(target_sets))
         target_sets, alive_M = self._without_dead(target_sets, features)
-        columns = [(t.name, subtask) for t in target_sets for subtask in t.subtasks]
-        subtask_M = [columns.index((t.name, subtask)) for t in target_sets for subtask in t.subtask_of]
+        columns, subtask_M = columns_of(target_sets)
         queries_JK = {
             name: subtask_queries(
                 features_MK[alive_M],
@@ -215,6 +241,11 @@ class Scorer:
             projector = recorded_projector(self.store, self.feature_set, layout)
             plain = FeatureSetConfig(update_rule="sgd", projection=projector.config)
             for checkpoint in self.checkpoints:
+                made_of = repr((checkpoint.adapter_sha256, layout.hash, projector.provenance(), rendered))
+                if made_of in self._known:
+                    bar.advance(len(rendered))
+                    yield checkpoint.name, self._known[made_of]
+                    continue
                 load_adapter_weights(model, checkpoint.path)
                 psi = FeatureSet.prepare(plain, layout, projector, None, device)
                 features_MK = torch.empty(len(rendered), projector.dim)
@@ -223,6 +254,7 @@ class Scorer:
                     features = gradient_features(model, batch.to(device), [psi])
                     features_MK[rows] = features.features_BK[psi.name].cpu()
                     bar.advance(len(rows), batch.num_tokens)
+                self._known[made_of] = features_MK
                 yield checkpoint.name, features_MK
 
     def _without_dead(

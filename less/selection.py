@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from datastore.errors import SettingError
 
-__all__ = ["SET_ASIDE", "num_to_select", "ranks", "select_round_robin", "select_top"]
+__all__ = ["SET_ASIDE", "num_to_select", "ranks", "select_round_robin", "select_tokens", "select_top"]
 
 SET_ASIDE = "prefilter"
 """The reason for which a row is skipped that the prefilter set aside."""
@@ -63,6 +63,20 @@ def select_top(scores_N: NDArray[np.floating], count: int) -> NDArray[np.int64]:
     else:
         picked = np.arange(num_rows)
     return picked[np.argsort(-scores_N[picked], kind="stable")]
+
+
+def select_tokens(
+    scores_N: NDArray[np.floating], num_tokens_N: NDArray[np.integer], budget: float
+) -> NDArray[np.int64]:
+    """Positions of the best rows, best first, until they hold at least `budget` tokens; ties go to the earlier row.
+
+    Args:
+        scores_N: higher is better.
+        num_tokens_N: tokens of each row, such as those that carry loss.
+        budget: above 0; where all rows together hold less, all are taken.
+    """
+    order_N = np.argsort(-scores_N, kind="stable")
+    return order_N[: 1 + int(np.searchsorted(num_tokens_N[order_N].cumsum(dtype=np.int64), budget))]
 
 
 def select_round_robin(scores_NS: NDArray[np.floating], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -11,6 +11,7 @@ budget, which changes memory and time but not the gradient. What a run leaves is
 
 import json
 import random
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ from less.provenance import location_of
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["WarmupConfig", "WarmupResult", "warmup"]
+__all__ = ["WarmupConfig", "WarmupResult", "fine_tune", "lora_config", "randomness", "warmup"]
 
 RECORD = "warmup.json"
 _FEW_STEPS = 50
@@ -185,7 +186,7 @@ def warmup(
     record = _open_record(run, recorded)
     num_computed = 0
     if record.get("result") is None:
-        with _randomness(config.seed), lora_model(base, _lora(config)) as adapted:
+        with randomness(config.seed), lora_model(base, lora_config(config)) as adapted:
             rendered, skipped = _draw(source, renderer, config, progress)
             num_steps = config.epochs * ceil(len(rendered) / config.batch_size)
             if num_steps < _FEW_STEPS:
@@ -311,7 +312,31 @@ class _RowMeanTrainer(Trainer):
         return next(entry["loss"] for entry in reversed(self.state.log_history) if "loss" in entry)
 
 
-def _trainer(model: PeftModel, rendered: list[Rendered], config: WarmupConfig, run: Path) -> _RowMeanTrainer:
+def fine_tune(model: PeftModel, rendered: list[Rendered], config: WarmupConfig, bar: Progress | None = None) -> float:
+    """Train `model`'s adapter on these rows as a warm-up does, and write nothing.
+
+    Args:
+        model: from `less.adapters.lora_model`; left in training mode.
+        rendered: the rows; the same seed takes as many of them in the same order.
+        config: of the training; what says which rows and which adapter is not used.
+        bar: told of rows and tokens.
+
+    Returns:
+        the loss of the last step.
+
+    Raises:
+        SettingError: the loss is not finite.
+    """
+    with tempfile.TemporaryDirectory() as folder, randomness(config.seed):
+        trainer = _trainer(model, rendered, config, Path(folder), save_strategy="no")
+        trainer.bar = bar
+        trainer.train()
+    return trainer.last_loss
+
+
+def _trainer(
+    model: PeftModel, rendered: list[Rendered], config: WarmupConfig, run: Path, save_strategy: str = "epoch"
+) -> _RowMeanTrainer:
     device = model.device
     if device.index:
         raise SettingError(
@@ -331,7 +356,7 @@ def _trainer(model: PeftModel, rendered: list[Rendered], config: WarmupConfig, r
         seed=config.seed,
         data_seed=config.seed,
         logging_steps=1,  # the learning-rate weights need every step
-        save_strategy="epoch",
+        save_strategy=save_strategy,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=False,
         remove_unused_columns=False,
@@ -381,7 +406,8 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def _lora(config: WarmupConfig) -> LoraConfig:
+def lora_config(config: WarmupConfig) -> LoraConfig:
+    """The adapter that a warm-up trains."""
     targets = config.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -393,7 +419,7 @@ def _lora(config: WarmupConfig) -> LoraConfig:
 
 
 @contextmanager
-def _randomness(seed: int) -> Iterator[None]:
+def randomness(seed: int) -> Iterator[None]:
     """Within it, the generators of Python, NumPy and torch start from `seed`; then they are as before."""
     before, numpy_before = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:

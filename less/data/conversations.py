@@ -87,6 +87,11 @@ class Conversation:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables for the template, such as `enable_thinking`."""
 
+    @property
+    def text(self) -> str:
+        """What all turns say, one after the other, without roles or marks of a template."""
+        return "\n".join(str(message.get("content") or "") for message in self.messages)
+
 
 def conversation_of(columns: dict[str, Any]) -> Conversation:
     """The conversation in one row. The row is not changed.

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from datastore.errors import DataError, RowError
-from less.data.conversations import RowProblem
+from less.data.conversations import RowProblem, conversation_of
 from less.data.records import open_source
 from less.data.rendering import Rendered, Renderer
 
-__all__ = ["SkippedRow", "TargetSet", "load_targets"]
+__all__ = ["SkippedRow", "TargetSet", "columns_of", "load_targets"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SkippedRow:
 
 @dataclass(frozen=True)
 class TargetSet:
-    """Rendered targets. `rendered`, `subtask_of`, `ids` and `where_of` run in parallel."""
+    """Rendered targets. `rendered`, `subtask_of`, `ids`, `where_of` and `text_of` run in parallel."""
 
     name: str
     """The set's name."""
@@ -45,6 +45,8 @@ class TargetSet:
     """The label of each."""
     where_of: list[str]
     """Where a person finds each."""
+    text_of: list[str]
+    """What its turns say."""
     skipped: list[SkippedRow]
     """The targets that cannot be used."""
     sha256: str
@@ -65,8 +67,15 @@ class TargetSet:
             subtask_of=[self.subtask_of[n] for n in kept],
             ids=[self.ids[n] for n in kept],
             where_of=[self.where_of[n] for n in kept],
+            text_of=[self.text_of[n] for n in kept],
             skipped=[*self.skipped, *found],
         )
+
+
+def columns_of(target_sets: Sequence[TargetSet]) -> tuple[list[tuple[str, str]], list[int]]:
+    """(set, subtask) of each of the J columns that the sets have in a score matrix, and the column of each target."""
+    columns = [(t.name, subtask) for t in target_sets for subtask in t.subtasks]
+    return columns, [columns.index((t.name, subtask)) for t in target_sets for subtask in t.subtask_of]
 
 
 def load_targets(
@@ -91,7 +100,9 @@ def load_targets(
     source = open_source(data)
     if name is None:
         name = "targets" if source.kind == "memory" else source.stem
-    targets = TargetSet(name=name, rendered=[], subtask_of=[], ids=[], where_of=[], skipped=[], sha256=source.sha256)
+    targets = TargetSet(
+        name=name, rendered=[], subtask_of=[], ids=[], where_of=[], text_of=[], skipped=[], sha256=source.sha256
+    )
     for record in source.iter_records():
         try:
             rendered = renderer.render_record(record)
@@ -105,6 +116,7 @@ def load_targets(
         targets.subtask_of.append(name if subtask is None else str(subtask))
         targets.ids.append(record.id)
         targets.where_of.append(record.where)
+        targets.text_of.append(conversation_of(record.columns or {}).text)
     if not targets.rendered:
         counts = Counter(row.reason for row in targets.skipped)
         first = targets.skipped[0]

@@ -1,0 +1,161 @@
+"""From a pool to a sealed datastore of embeddings: one forward pass of the base model, no checkpoint, no adapter.
+
+The store is one like any other, with the feature set `rds` at the one "checkpoint" `base`: what reads a store reads
+this one. What an embedding is, is `less.embeddings`' business; the store of gradients is built by `less.pipeline`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from datastore import Datastore, DatastoreWriter, ShardKey, check_free_space
+from datastore.errors import DataError, SettingError
+from datastore.overlap import WriteBehind, read_ahead
+from less.data.batching import BatchBudget
+from less.data.rendering import RenderConfig, Renderer
+from less.embeddings import EMBEDDINGS, embedding_features
+from less.models import context_length, load_base_model, load_tokenizer
+from less.pool import entry_of, open_sources
+from less.progress import Progress
+from less.provenance import location_of, record_embedding_settings, record_environment
+from less.row_ranges import RowRange, compute_shards, render_range
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["BASE", "EmbeddingConfig", "build_embeddings"]
+
+BASE = "base"
+"""What stands in the place of a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig:
+    """Settings of a store of embeddings. All but the last three decide the embeddings and are held by the store."""
+
+    max_length: int = 2048
+    """Tokens a row; longer rows are cut at the end."""
+    system_prompt: str = "keep"
+    """keep, none, or the text to put in place of each row's own."""
+    chat_template: str | None = None
+    """tulu, chatml or a file; None takes the tokenizer's own."""
+    dtype: str = "auto"
+    """Of the weights: float32, bfloat16, or auto (bfloat16 on CUDA, float32 on the CPU)."""
+    tokens_per_batch: int | None = None
+    """Padded tokens in one batch; None chooses by device."""
+    shard_rows: int = 1024
+    """Source rows in one shard: what a killed build loses at most."""
+    feature_dtype: str = "float16"
+    """Of stored unit rows: float16 or float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    strict: bool = False
+    """Stop at the first row that cannot be used instead of skipping it."""
+    trust_remote_code: bool = False
+    """Let code that comes with the model run."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "shard_rows"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.feature_dtype not in ("float16", "float32"):
+            raise SettingError(f"feature_dtype must be float16 or float32, got {self.feature_dtype!r}")
+
+    @property
+    def rendering(self) -> RenderConfig:
+        """How rows become tokens."""
+        return RenderConfig(
+            max_length=self.max_length, system_prompt=self.system_prompt, chat_template=self.chat_template
+        )
+
+
+def build_embeddings(
+    *,
+    model: "str | Path | PreTrainedModel",
+    data: "str | Path | datasets.Dataset | Sequence[Any]",
+    datastore: str | Path,
+    tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Datastore:
+    """Embed a pool with the base model and keep the embeddings, and each row's loss, in a datastore.
+
+    A store that is complete is left as it is; one that was interrupted is completed; new `data` is appended.
+
+    Args:
+        model: the base model: a folder, a hub name, or a loaded model.
+        data: a file, a hub name, a `datasets.Dataset`, a list of dicts, or a list of such.
+        datastore: the store's folder.
+        tokenizer: where it is not the model's own.
+        progress: show progress on standard error.
+        **settings: fields of `EmbeddingConfig`.
+
+    Raises:
+        GradsiftError: see `datastore.errors`.
+    """
+    config = EmbeddingConfig(**settings)
+    given = open_sources(data)
+    base = load_base_model(model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
+    loaded_tokenizer = load_tokenizer(
+        location_of(model) if tokenizer is None else tokenizer, trust_remote_code=config.trust_remote_code
+    )
+    renderer = Renderer(loaded_tokenizer, config.rendering, context_length=context_length(base.config))
+    budget = BatchBudget.on(base.device, config.tokens_per_batch)
+    width = base.get_input_embeddings().weight.shape[1]
+    environment = record_environment(
+        model=model, tokenizer=tokenizer, checkpoints=[], rendering=config.rendering, device=base.device
+    )
+    asked: dict[str, Any] = {
+        "settings": record_embedding_settings(
+            base=base, renderer=renderer, dtype=config.feature_dtype, tokens_per_batch=budget.max_tokens
+        ),
+        "feature_sets": [EMBEDDINGS],
+        "checkpoints": [BASE],
+        "shard_rows": config.shard_rows,
+    }
+    was_training = base.training
+    base.eval()
+    try:
+        with DatastoreWriter.open(datastore, environment=environment, **asked) as writer:
+            numbers = writer.add_sources([entry_of(source) for source in given])
+            sources = dict(zip(numbers, given, strict=True))
+            missing = list(writer.missing_shards())
+            if strange := next((key for key in missing if key.source not in sources), None):
+                raise DataError(
+                    f"{writer.path} still lacks rows of {writer.build.sources[strange.source].name}, which is not "
+                    "among the data given; add it with --data"
+                )
+            num_rows = sum(key.stop - key.start for key in missing)
+            check_free_space(writer.path, num_rows * width * np.dtype(config.feature_dtype).itemsize)
+
+            def render(key: ShardKey) -> tuple[ShardKey, RowRange]:
+                rows = range(key.start, key.stop)
+                return key, render_range(sources[key.source], rows, renderer, strict=config.strict)
+
+            with (
+                Progress(total=num_rows, description="embeddings", enabled=progress) as bar,
+                WriteBehind() as write_behind,
+            ):
+                for key, rows in read_ahead(render, missing):
+                    shards = compute_shards(
+                        rows,
+                        partial(embedding_features, base),
+                        widths={EMBEDDINGS: width},
+                        dtypes={EMBEDDINGS: config.feature_dtype},
+                        device=base.device,
+                        budget=budget,
+                        strict=config.strict,
+                        bar=bar,
+                    )
+                    write_behind(writer.write_shard, key, shards[EMBEDDINGS])
+                for name, checkpoint in writer.missing_directions():
+                    write_behind(writer.write_direction, name, checkpoint, np.zeros(width, np.float32))
+            writer.seal()
+    finally:
+        base.train(was_training)
+    return Datastore.open(datastore)
