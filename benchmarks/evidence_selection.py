@@ -5,9 +5,9 @@
     python benchmarks/evidence_selection.py report  --work DIR --json benchmarks/results/NAME.json
 
 `prepare`: of FOLDER's `pool.jsonl` the first rows of at most `--max-tokens` tokens; `target_NAME.jsonl`, at most
-`--targets-a-subtask` of each subtask; `eval_NAME.jsonl`, its rows of at most `--max-tokens` tokens; a warm-up, a store
-with every update rule, and a store of embeddings. `run` is `less.evaluation.experiment.evaluate` with the settings of the
-command line; started twice, it shares the work, and what is finished is kept. `report` makes the page of what is there.
+`--targets-a-subtask` of each subtask; `eval_NAME.jsonl`, its rows of at most `--max-tokens` tokens; a warm-up, a
+store with every update rule, and a store of embeddings. `run` is `less.evaluate` with the settings of the command line;
+started twice, it shares the work, and what is finished is kept. `report` makes the page of what is there.
 
 What decides, said before the run: a method is better than random rows for a target at a budget where the 95% interval of
 its drop of the held-out loss, less that of random rows, is above 0.
@@ -22,9 +22,8 @@ from typing import Any
 from harness import machine, machine_in_words, write_report
 
 from cli.evaluation_figure import evaluation_figure
-from less import build_datastore, build_embeddings, warmup
+from less import build_datastore, build_embeddings, evaluate, warmup
 from less.data import RenderConfig, Renderer, RowProblem, open_source
-from less.evaluation.experiment import evaluate
 from less.models import load_tokenizer
 
 RULES = ("adam", "adam-less", "adam-no-momentum", "sgd", "sign")
@@ -179,35 +178,38 @@ def page_of(found: dict[str, Any], stem: str) -> str:
     p = found["prepared"]
     lines = [
         "# What is gained by training on what each method selects", "",
-        f"{Path(p['model']).name} ({p['dtype']}, de-quantised from Q4_1 where it is SmolLM2), the first {p['rows']} rows of the pool "
-        f"that have at most {p['max_tokens']} tokens. Warm-up: {p['epochs']} epochs of 5%, rank {p['lora_rank']}, "
-        f"learning rate {p['learning_rate']}; features: sparse, K = {p['proj_dim']}, {p['epochs']} checkpoints.", "",
+        f"{Path(p['model']).name} ({p['dtype']}), the first {p['rows']} rows of the pool that have at most "
+        f"{p['max_tokens']} tokens. Warm-up: {p['epochs']} epochs of 5%, rank {p['lora_rank']}, learning rate "
+        f"{p['learning_rate']}; features: sparse, K = {p['proj_dim']}, {p['epochs']} checkpoints.", "",
+        "*Over random* is the drop of the held-out loss beyond that of random rows at the same budget, with the same "
+        "seeds of training; in bold where its 95% interval (over held-out rows and seeds) leaves out 0.", "",
         machine_in_words(found["machine"]), "",
     ]  # fmt: skip
     for name, part in found["parts"].items():
         s = part["settings"]
+        held_out = ", ".join(
+            f"{target} {own['rows']} rows (loss before training {own['loss']:.3f})"
+            for target, own in part["start"].items()
+        )
         lines += [
             f"## {name}", "",
             f"{s['seeds']} trainings of each selection, {s['epochs']} epoch(s), batches of {s['batch_size']}, learning "
-            f"rate {s['learning_rate']}; {s['num_trials']} trainings in all. Held out: "
-            + ", ".join(f"{t} {own['rows']} rows (loss before training {own['loss']:.3f})" for t, own in part["start"].items())
-            + ".", "", f"![Drop over random]({stem}_{name}.png)", "",
+            f"rate {s['learning_rate']}; {s['num_trials']} trainings in all. Held out: {held_out}.", "",
+            f"![Drop over random]({stem}_{name}.png)", "",
             "| target | budget | as many | method | rows | supervised tokens | drop of the loss | over random |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]  # fmt: skip
         for arm in part["arms"]:
-            lines.append(
-                f"| {arm['target']} | {arm['fraction']:.0%} | {arm['match']} | {arm['method']} | {arm['num_rows']:.0f} | "
-                f"{arm['num_supervised']:,.0f} | {interval(arm['drop'])} | "
-                + ("" if arm["method"] == "random" else interval(arm["over_random"]))
-                + " |"
-            )
+            cells = [
+                arm["target"], f"{arm['fraction']:.0%}", arm["match"], arm["method"], f"{arm['num_rows']:.0f}",
+                f"{arm['num_supervised']:,.0f}", interval(arm["drop"]),
+                "" if arm["method"] == "random" else interval(arm["over_random"]),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
         if part["quantiles"]:
-            lines += [
-                "| target | scores of | drop of the loss by part of the score's range, lowest first | trend (Spearman) |",
-                "| --- | --- | --- | --- |",
-            ]
+            lines += ["| target | scores of | drop by part of the score's range, lowest first | trend (Spearman) |"]
+            lines += ["| --- | --- | --- | --- |"]
             for test in part["quantiles"]:
                 drops = ", ".join(f"{drop['value']:.3f}" for drop in test["drops"])
                 lines.append(f"| {test['target']} | {test['method']} | {drops} | {interval(test['trend'], 2)} |")

@@ -558,7 +558,8 @@ def report(args: argparse.Namespace) -> None:
         "prefilter": prefilters(gathered, costs, args.resamples),
     }
     write_report(result, as_markdown(result, args.json.with_suffix(".png").name), args.json)
-    draw(result, args.json.with_suffix(".png"))
+    if timing:
+        draw(result, args.json.with_suffix(".png"))
 
 
 def prefilters(gathered: Gathered, costs: Mapping[str, float], num_resamples: int) -> list[dict[str, Any]]:
@@ -613,7 +614,7 @@ def as_markdown(result: Mapping[str, Any], picture: str) -> str:
         f"P = {case['num_params']:,}, {case['dtype']}; checkpoints and their weights: {weights}; targets (in "
         f"subtasks): {targets}. The exact top 5% are {count} rows; intervals are 95%, from {case['resamples']} "
         "resamples of the rows. " + machine_in_words(result["machine"]), "",
-        f"![Agreement with the exact score against cost]({picture})", "",
+        *([f"![Agreement with the exact score against cost]({picture})", ""] if timing else []),
         "Every way against the exact score (unprojected, all layers, all checkpoints, `adam`): mean over the sets of "
         "targets, in brackets the worst of them. Costs are ratios to the full build, which is the first line: even it "
         "is not the exact score, since K columns are a projection. Two stages: the way for every row, then exact "

@@ -64,7 +64,7 @@ def main() -> None:
     )  # fmt: skip
     built = build_datastore(
         model=args.model, checkpoints=args.work / "run", data=pool, datastore=args.work / "store",
-        dtype=args.dtype, update_rule=args.update_rule, shard_rows=128,
+        dtype=args.dtype, update_rule=args.update_rule, shard_rows=128, proj_dim=8192,
     )  # fmt: skip
     results: dict[str, dict] = {}
     for feature_set in Datastore.open(args.work / "store").feature_sets:

@@ -50,7 +50,7 @@ __all__ = ["build_datastore_command"]
     type=click.Choice(["sparse", "rademacher", "none"]),
     help="Random projection; may be repeated.  [default: sparse]",
 )
-@click.option("--proj-dim", default=8192, show_default=True, metavar="K", help="Dimensions kept.")
+@click.option("--proj-dim", default=32768, show_default=True, metavar="K", help="Dimensions kept.")
 @click.option("--seed", default=0, show_default=True, metavar="S", help="Of the projection.")
 @click.option(
     "--layers",

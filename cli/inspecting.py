@@ -42,7 +42,8 @@ def inspect_command(datastore: str, verify: bool, as_json: bool, quiet: bool, de
     checkpoints = table("checkpoints", "name", "step", "weight", "adapter sha256")
     for name in store.checkpoints:
         entry = store.settings["checkpoints"][name]
-        checkpoints.add_row(name, str(entry["step"]), f"{entry['weight']:.4f}", entry["adapter_sha256"][:12])
+        adapter = entry["adapter_sha256"] or "none"
+        checkpoints.add_row(name, str(entry["step"]), f"{entry['weight']:.4f}", adapter[:12])
     show_table(checkpoints)
     click.echo()
     sources = table("sources", "name", "rows", "sha256", "location")
@@ -62,13 +63,17 @@ def _lines(store: Any) -> list[tuple[str, str]]:
         ("scored rows", f"{store.num_rows:,} of {sum(s.num_rows for s in store.sources):,}"),
         ("size", human_bytes(store.num_bytes)),
         ("model", f"{environment['model']} ({model['dtype']}, fingerprint {model['fingerprint'][:12]})"),
-        ("LoRA parameters", f"{model['num_params']:,}, layers {model['layers']}"),
         ("rendering", _fields(rendering)),
         ("made with", f"{environment['device']}, " + ", ".join(f"{k} {v}" for k, v in environment["versions"].items())),
     ]
+    if model["param_layout"]:
+        lines.insert(3, ("LoRA parameters", f"{model['num_params']:,}, layers {model['layers']}"))
     for name, feature_set in settings["feature_sets"].items():
-        projection = _fields(feature_set["projection"])
-        lines.append(("features", f"{name}: {feature_set['update_rule']}, {projection}, {feature_set['dtype']}"))
+        if embedding := feature_set.get("embedding"):
+            made_by = f"embeddings, {_fields(embedding)}"
+        else:
+            made_by = f"{feature_set['update_rule']}, {_fields(feature_set['projection'])}"
+        lines.append(("features", f"{name}: {made_by}, {feature_set['dtype']}"))
     if prefilter := settings.get("prefilter"):
         by = f"{', '.join(prefilter['targets'])} at {prefilter['checkpoint']}, layers {prefilter['layers']}"
         lines.append(("prefilter", f"the best {prefilter['fraction']} for {by}"))

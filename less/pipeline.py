@@ -62,7 +62,7 @@ class BuildConfig:
     """Γ: adam, adam-less, adam-no-momentum, sgd or sign; several fill several feature sets."""
     projection: str | Sequence[str] = "sparse"
     """Π: sparse, rademacher or none; several are combined with every update rule."""
-    proj_dim: int = 8192
+    proj_dim: int = 32768
     """K."""
     seed: int = 0
     """Chooses Π."""
