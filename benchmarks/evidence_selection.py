@@ -6,11 +6,11 @@
 
 `prepare`: of FOLDER's `pool.jsonl` the first rows of at most `--max-tokens` tokens; `target_NAME.jsonl`, at most
 `--targets-a-subtask` of each subtask; `eval_NAME.jsonl`, its rows of at most `--max-tokens` tokens; a warm-up, a
-store with every update rule, and a store of embeddings. `run` is `less.evaluate` with the settings of the command line;
-started twice, it shares the work, and what is finished is kept. `report` makes the page of what is there.
+store with every update rule, and a store of embeddings. `run` is `less.evaluate` with the settings given; started
+twice, it shares the work, and what is finished is kept. `report` makes the page of what is there.
 
-What decides, said before the run: a method is better than random rows for a target at a budget where the 95% interval of
-its drop of the held-out loss, less that of random rows, is above 0.
+What decides, said before the run: a method is better than random rows for a target at a budget where the 95% interval
+of its drop of the held-out loss, less that of random rows, is above 0.
 """
 
 import argparse

@@ -34,6 +34,7 @@ def here(tmp_path, monkeypatch, tiny_pool, tiny_target_file) -> Path:
     """A folder with the files that the README's commands name."""
     shutil.copy(tiny_pool, tmp_path / "pool.jsonl")
     shutil.copy(tiny_target_file, tmp_path / "target.jsonl")
+    shutil.copy(tiny_target_file, tmp_path / "eval.jsonl")
     lines = (json.dumps(pair(n)) + "\n" for n in range(8))
     (tmp_path / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -44,7 +45,7 @@ def here(tmp_path, monkeypatch, tiny_pool, tiny_target_file) -> Path:
 def test_the_commands_run_as_they_stand(here, tiny_model_folder):
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("gradsift ")]
     steps = [" ".join(command.split(" --")[0].split()[1:]) for command in commands]
-    assert steps == ["warmup", "build-datastore", "select", "ches score", "ches report", "ches filter"]
+    assert steps == ["warmup", "build-datastore", "select", "evaluate", "ches score", "ches report", "ches filter"]
     for command in commands:
         words = shlex.split(command.replace(MODEL, str(tiny_model_folder)))[1:]
         result = CliRunner().invoke(gradsift, words, catch_exceptions=False)
@@ -52,6 +53,7 @@ def test_the_commands_run_as_they_stand(here, tiny_model_folder):
     assert len((here / "selected.jsonl").read_text().splitlines()) == 2
     assert len((here / "kept.jsonl").read_text().splitlines()) == 2
     assert (here / "report.html").exists()
+    assert (here / "experiment" / "evaluation.png").exists()
 
 
 @pytest.mark.filterwarnings("ignore::less.checkpoints.EvidenceWarning")

@@ -20,6 +20,8 @@ COMMANDS = {
 REQUIRED = {
     "warmup": ["--model", "m", "--data", "p", "--output", "o"],
     "build-datastore": ["--model", "m", "--checkpoints", "r", "--data", "p", "--datastore", "d"],
+    "build-embeddings": ["--model", "m", "--data", "p", "--datastore", "d"],
+    "evaluate": ["--datastore", "d", "--targets", "t", "--eval", "e", "--output", "o"],
     "select": ["--datastore", "d", "--targets", "t", "--output", "o"],
     "render": ["--model", "m", "--data", "p"],
     "inspect": ["d"],
@@ -68,7 +70,9 @@ def test_every_option_has_help_and_every_command_an_example(name):
     [
         ("warmup", "less.WarmupConfig", {}),
         ("build-datastore", "less.BuildConfig", {"update_rule": ("adam",), "projection": ("sparse",)}),
+        ("build-embeddings", "less.EmbeddingConfig", {}),
         ("select", "less.ScoreConfig", {}),
+        ("evaluate", "less.EvaluateConfig", {}),
         ("verify", "less.VerifyConfig", {}),
         ("ches score", "ches.ChesConfig", {}),
         ("ches filter", "ches.FilterConfig", {"keep_lowest": 0.15}),
