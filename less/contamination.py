@@ -11,21 +11,19 @@ for that wording alone, so the share and the place are told. A text without spac
 Memory is the targets' runs; the pool is read once.
 """
 
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from less.data.conversations import RowProblem, conversation_of
 from less.data.records import Record
+from less.words import words_of
 
-__all__ = ["NearDuplicate", "near_duplicates", "near_duplicates_ref", "words_of"]
+__all__ = ["NearDuplicate", "near_duplicates", "near_duplicates_ref"]
 
 RUN_WORDS = 8
 LEAST_SHARE = 0.5
 
-_WORD = re.compile(r"[^\W_]+")
 _Run = tuple[str, ...]
 
 
@@ -45,11 +43,6 @@ class NearDuplicate:
     """Of the target's distinct runs; 1 for a short target."""
     num_targets: int
     """Targets of which the row is a near-duplicate."""
-
-
-def words_of(text: str) -> list[str]:
-    """Its words, in order: letters and digits in one Unicode form, without case."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def near_duplicates(targets: Iterable[Record], pool: Iterable[Record]) -> list[NearDuplicate]:
@@ -110,11 +103,10 @@ def _with_words(records: Iterable[Record]) -> Iterator[tuple[Record, list[str]]]
     """The records that say something, and their words."""
     for record in records:
         try:
-            turns = conversation_of(record.columns or {}).messages
+            words = words_of(conversation_of(record.columns or {}).text)
         except RowProblem:
             continue
-        said = [turn.get("content") or "" for turn in turns if turn["role"] not in ("system", "developer")]
-        if words := words_of("\n".join(said)):
+        if words:
             yield record, words
 
 

@@ -6,20 +6,14 @@ BM25 with Lucene's idf, k₁ = 1.5, b = 0.75 (Robertson & Zaragoza 2009; Kamphui
 a query's words is made a mean: else a subtask with long targets would win every row when the highest subtask counts.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bm25_scores", "words_of"]
+from less.words import words_of
 
-_WORD = re.compile(r"\w+")
-
-
-def words_of(text: str) -> list[str]:
-    """Its words: letters, digits and underscores, without case; no stemming, no stop words, so any language will do."""
-    return _WORD.findall(text.casefold())
+__all__ = ["bm25_scores"]
 
 
 def bm25_scores(
@@ -38,10 +32,12 @@ def bm25_scores(
     """
     import bm25s
 
-    rows = [words_of(text) or [""] for text in texts]  # a row without a word is a row
+    rows = [words_of(text) for text in texts]
+    scores_NJ = np.zeros((len(rows), num_subtasks), np.float32)
+    if not any(rows):  # `bm25s` cannot index what has no word
+        return scores_NJ
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
     index.index(rows, show_progress=False)
-    scores_NJ = np.zeros((len(rows), num_subtasks), np.float32)
     num_targets_J = np.bincount(subtask_M, minlength=num_subtasks)
     known = index.vocab_dict
     for text, j in zip(targets, subtask_M, strict=True):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore
+from datastore.build import BUILD, Build
 from datastore.errors import DataError
 from less.data.batching import BatchBudget, collate, run_in_batches
 from less.data.rendering import Rendered
@@ -54,11 +55,14 @@ def embedding_store(
     rendering: dict[str, Any] = {
         name: store.environment["rendering"][name] for name in ("max_length", "system_prompt", "chat_template")
     }
+    folder = embeddings_folder(store)
+    if (folder / BUILD).exists():  # else another batch size for the targets would ask for another store
+        tokens_per_batch = Build.load(folder).settings.get("tokens_per_batch")
     return build_embeddings(
         model=model,
         tokenizer=tokenizer,
         data=pool.sources,
-        datastore=embeddings_folder(store),
+        datastore=folder,
         tokens_per_batch=tokens_per_batch,
         shard_rows=store.manifest.shard_rows,
         progress=progress,
@@ -97,15 +101,17 @@ def rds_scores(
     embeddings_MD = torch.empty(len(targets), embeddings.proj_dim(EMBEDDINGS))
     was_training = model.training
     model.eval()
-    with Progress(total=len(targets), description="targets", enabled=progress) as bar:
+    try:
+        with Progress(total=len(targets), description="targets", enabled=progress) as bar:
 
-        def embed(members: list[int]) -> None:
-            batch = collate(targets, members)
-            embeddings_MD[members] = embedding_features(model, batch.to(model.device)).features_BK[EMBEDDINGS].cpu()
-            bar.advance(len(members), batch.num_tokens)
+            def embed(members: list[int]) -> None:
+                batch = collate(targets, members)
+                embeddings_MD[members] = embedding_features(model, batch.to(model.device)).features_BK[EMBEDDINGS].cpu()
+                bar.advance(len(members), batch.num_tokens)
 
-        run_in_batches([row.num_tokens for row in targets], BatchBudget.on(model.device, tokens_per_batch), embed)
-    model.train(was_training)
+            run_in_batches([row.num_tokens for row in targets], BatchBudget.on(model.device, tokens_per_batch), embed)
+    finally:
+        model.train(was_training)
     query_JD = subtask_queries(embeddings_MD, subtask_M, num_subtasks, aggregate=aggregate, normalize="cosine")
     return influence_scores(embeddings, EMBEDDINGS, {BASE: query_JD}, {BASE: 1.0}, verify=verify, progress=progress)
 
@@ -117,16 +123,14 @@ def at_rows_of(store: Datastore, embeddings: Datastore) -> NDArray[np.int64]:
         DataError: a row has features in the one and no embedding in the other.
     """
     ours, theirs = _keys(store, embeddings)
-    order = np.argsort(theirs, kind="stable")
-    at = np.minimum(np.searchsorted(theirs, ours, sorter=order), len(theirs) - 1)
-    positions_N = order[at]
-    if (missing := np.flatnonzero(theirs[positions_N] != ours)).size:
+    if (missing := np.flatnonzero(~np.isin(ours, theirs))).size:
         name = store.rows(verify=False).ids[missing[0]]
         raise DataError(
             f"{missing.size} rows of {store.path} have no embedding in {embeddings.path}, such as {name}: see "
             f"`gradsift inspect {embeddings.path}`, or select from that store itself"
         )
-    return positions_N
+    order = np.argsort(theirs)
+    return order[np.searchsorted(theirs, ours, sorter=order)]
 
 
 def _keys(*stores: Datastore) -> list[NDArray[np.int64]]:

@@ -19,9 +19,7 @@ from less.data.targets import TargetSet, columns_of
 from less.embedding_store import BASE
 from less.embeddings import EMBEDDINGS
 from less.influence import InfluenceScores
-from less.models import load_tokenizer
 from less.pool import Pool
-from less.provenance import location_of
 from less.scoring import ScoreConfig, load_target_sets, open_base_model, open_renderer
 
 __all__ = ["NEEDS_MODEL", "NEEDS_POOL", "BaselineScorer"]
@@ -61,7 +59,6 @@ class BaselineScorer:
         self.model = open_base_model(store, config, model) if config.method in NEEDS_MODEL else None
         max_length = store.settings["rendering"]["max_length"]
         self.renderer = open_renderer(store, config, model, tokenizer, max_length)
-        self._tokenizer = tokenizer if tokenizer is not None else location_of(model) if model is not None else None
 
     def load_targets(self, targets: Any) -> list[TargetSet]:
         """The target sets, each with a name of its own."""
@@ -130,11 +127,10 @@ class BaselineScorer:
     def _embeddings(self) -> Datastore:
         assert self.model is not None
         assert self.pool is not None
-        tokenizer = self._tokenizer or self.store.environment["tokenizer"]
         return embedding_store(
             self.store,
             self.model,
-            load_tokenizer(tokenizer, trust_remote_code=self.config.trust_remote_code),
+            self.renderer.tokenizer,
             self.pool,
             tokens_per_batch=self.config.tokens_per_batch,
             progress=self.progress,

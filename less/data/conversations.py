@@ -89,8 +89,9 @@ class Conversation:
 
     @property
     def text(self) -> str:
-        """What all turns say, one after the other, without roles or marks of a template."""
-        return "\n".join(str(message.get("content") or "") for message in self.messages)
+        """What the turns say, one after the other, but for the system prompt, which whole data sets have in common."""
+        said = (turn for turn in self.messages if turn["role"] not in ("system", "developer"))
+        return "\n".join(turn.get("content") or "" for turn in said)
 
 
 def conversation_of(columns: dict[str, Any]) -> Conversation:

@@ -97,7 +97,7 @@ class Renderer:
                 "expected a fast one (a model folder with tokenizer.json)"
             )
         self.max_length = min(config.max_length, context_length or config.max_length)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, config.chat_template, config.template_date)
         self._system_prompt = config.system_prompt
         self._learn_turns()
@@ -106,7 +106,7 @@ class Renderer:
     def provenance(self) -> dict[str, Any]:
         """What decides the tokens. JSON-able; no date if no template asks for it."""
         return {
-            "vocabulary_sha256": vocabulary_sha256(self._tokenizer),
+            "vocabulary_sha256": vocabulary_sha256(self.tokenizer),
             "template_sha256": self._template.sha256,
             "max_length": self.max_length,
             "system_prompt": self._system_prompt,
@@ -142,7 +142,7 @@ class Renderer:
             RowProblem: "field missing" or "span not found"; "not JSON" if not Unicode.
         """
         text, spans = self.text_and_spans(conversation, first=first)
-        tokens = tokens_of(self._tokenizer, [text], add_special_tokens=False, return_offsets_mapping=True)
+        tokens = tokens_of(self.tokenizer, [text], add_special_tokens=False, return_offsets_mapping=True)
         supervised = _overlapping(tokens["offset_mapping"][0], spans)
         supervised[:1] = [False]
         return tokens["input_ids"][0], supervised
@@ -195,7 +195,7 @@ class Renderer:
                 "the chat template leaves out an assistant's text (some for images do); "
                 "name another: --chat-template tulu|chatml|FILE"
             )
-        added = self._tokenizer.added_tokens_decoder.values()
+        added = self.tokenizer.added_tokens_decoder.values()
         special = _pattern_of(token.content for token in added if token.special)
         match = re.match(rf"\s*{special}+", tail)
         closing = match.group() if match else tail.rstrip()

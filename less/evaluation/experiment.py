@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,10 +33,9 @@ from less.evaluation.summary import Evaluation, summarize
 from less.evaluation.trial import HeldOut, Measured, measure, run_trial
 from less.influence import InfluenceScores
 from less.methods import open_scorer
-from less.models import load_tokenizer
 from less.pool import Pool
 from less.progress import Progress
-from less.provenance import holds_gradients, location_of, running_on
+from less.provenance import holds_gradients, running_on
 from less.scoring import METHODS, ScoreConfig, load_target_sets, open_base_model, open_renderer
 from less.training import WarmupConfig, lora_config
 
@@ -87,13 +86,16 @@ class EvaluateConfig:
     """Let code that comes with the model run."""
 
     def __post_init__(self) -> None:
-        methods = list(dict.fromkeys([*self.methods, "random"]))
-        object.__setattr__(self, "methods", tuple(methods))
+        methods = tuple(dict.fromkeys([*self.methods, "random"]))
+        quantile_methods = tuple(dict.fromkeys(self.quantile_methods)) if self.quantiles else ()
+        for name, given in (
+            ("methods", methods), ("fractions", self.fractions), ("match", self.match),
+            ("quantile_methods", quantile_methods),
+        ):  # fmt: skip
+            object.__setattr__(self, name, tuple(dict.fromkeys(given)))  # what is named twice is not measured twice
         for method in methods:
             if (name := parse_method(method)["method"]) not in METHODS:
                 raise SettingError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-        quantile_methods = tuple(self.quantile_methods) if self.quantiles else ()
-        object.__setattr__(self, "quantile_methods", quantile_methods)
         for name, fits, expected in (
             ("fractions", self.fractions and all(0 < f < 1 for f in self.fractions), "above 0 and below 1"),
             ("match", self.match and set(self.match) <= set(MATCHES), f"some of {', '.join(MATCHES)}"),
@@ -103,9 +105,11 @@ class EvaluateConfig:
             ("eval_rows", self.eval_rows is None or self.eval_rows >= 1, "at least 1"),
             ("answer_rows", self.answer_rows >= 0, "at least 0"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("lora_rank", self.lora_rank is None or self.lora_rank >= 1, "at least 1"),
         ):
             if not fits:
                 raise SettingError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+        self.training(seed=0)  # its own settings are checked before any work too
 
     def training(self, seed: int) -> WarmupConfig:
         """Of one trial."""
@@ -153,15 +157,9 @@ def evaluate(
     store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
     pool, folder = Pool(store, data), Path(output)
     base = open_base_model(store, ScoreConfig(**config.scoring), model)
-    named = location_of(base) if model is None else model
-    loaded_tokenizer = load_tokenizer(
-        store.environment["tokenizer"] if tokenizer is None and not isinstance(model, PreTrainedModel) else
-        location_of(named) if tokenizer is None else tokenizer,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
-    renderer = open_renderer(
-        store, ScoreConfig(**config.scoring), base, loaded_tokenizer, store.settings["rendering"]["max_length"]
-    )
+    max_length = store.settings["rendering"]["max_length"]
+    renderer = open_renderer(store, ScoreConfig(**config.scoring), model, tokenizer, max_length)
+    loaded_tokenizer = renderer.tokenizer
     target_sets = load_target_sets(targets, renderer, strict=False)
     held_out_of = _held_out_sets(target_sets, held_out, renderer, config)
     lora = _lora_of(store, checkpoints, config)
@@ -192,10 +190,8 @@ def evaluate(
     def rendered_rows(trial: Trial) -> list[Rendered]:
         return [pool_renderer.render_record(record) for record in pool.take(rows, trial.positions)]
 
-    pool_renderer = open_renderer(
-        store, ScoreConfig(**config.scoring | {"system_prompt": None}), base, loaded_tokenizer,
-        store.settings["rendering"]["max_length"],
-    )  # fmt: skip
+    as_the_pool = ScoreConfig(**config.scoring | {"system_prompt": None})
+    pool_renderer = open_renderer(store, as_the_pool, base, loaded_tokenizer, max_length)
     start = _start(trials_folder, base, loaded_tokenizer, held_out_of, decides, config)
     missing = [trial for trial in trials if _missing(trials_folder, trial, held_out_of)]
     num_rows = config.epochs * sum(len(trial.positions) for trial in missing)
@@ -248,16 +244,17 @@ def _held_out_sets(
 ) -> dict[str, HeldOut]:
     """The held-out rows of each target set, by its name."""
     names = [t.name for t in target_sets]
-    if isinstance(held_out, dict) and set(held_out) <= set(names):
-        given = held_out
+    if isinstance(held_out, Mapping):
+        given = dict(held_out)
     else:
         several = isinstance(held_out, list | tuple) and not any(isinstance(row, dict) for row in held_out)
         parts = list(held_out) if several else [held_out]
         given = dict(zip(names, parts, strict=False)) if len(parts) == len(names) else {}
     if set(given) != set(names):
+        num_given = sum(name in given for name in names)
         raise SettingError(
-            f"there are {len(names)} target sets ({', '.join(names)}) and held-out rows for {len(given) or 'none'} of "
-            "them; give as many --eval as --targets, in the same order"
+            f"there are {len(names)} target sets ({', '.join(names)}) and held-out rows for {num_given or 'none'} of "
+            "them; give as many --eval as --targets, in the same order, or by the same names"
         )
     return {name: _load_held_out(name, given[name], renderer, config) for name in names}
 
@@ -279,10 +276,11 @@ def _load_held_out(name: str, data: Any, renderer: Renderer, config: EvaluateCon
         drawn = np.random.default_rng(0).choice(len(found), size=config.eval_rows, replace=False)
         found = [found[n] for n in sorted(drawn.tolist())]
     asked = [(row, answer) for row, answer in found if answer is not None][: config.answer_rows]
-    prompts = [row.input_ids[: row.supervised.index(True)] for row, _ in asked]
-    digest = hashlib.sha256(
-        json.dumps([[row.input_ids, row.supervised] for row, _ in found] + [[answer for _, answer in asked]]).encode()
-    )
+    prompts = [row.input_ids[: _start_of_last_turn(row)] for row, _ in asked]
+    decides: list[Any] = [[row.input_ids, row.supervised] for row, _ in found] + [[answer for _, answer in asked]]
+    if asked:
+        decides.append(config.max_new_tokens)
+    digest = hashlib.sha256(json.dumps(decides).encode())
     return HeldOut(
         name=name,
         rendered=[row for row, _ in found],
@@ -290,6 +288,12 @@ def _load_held_out(name: str, data: Any, renderer: Renderer, config: EvaluateCon
         answers=[str(answer) for _, answer in asked],
         sha256=digest.hexdigest(),
     )
+
+
+def _start_of_last_turn(row: Rendered) -> int:
+    """Where the row's last reply begins: what is before it, earlier replies too, is its prompt."""
+    end = row.num_tokens - row.supervised[::-1].index(True)
+    return end - next((n for n, is_reply in enumerate(row.supervised[:end][::-1]) if not is_reply), end)
 
 
 def _lora_of(store: Datastore, checkpoints: Any, config: EvaluateConfig) -> LoraConfig:
@@ -313,21 +317,22 @@ def _kept_scores(
          config.system_prompt],
     )  # fmt: skip
     file = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.npz"
-    if file.exists():
-        with np.load(file) as kept:
-            return InfluenceScores(
-                rows=store.rows(verify=False), scores_NJ=kept["scores_NJ"],
-                subtasks=tuple(kept["subtasks"].tolist()), target_sets=tuple(kept["target_sets"].tolist()),
-            )  # fmt: skip
-    influence, _ = scorer.score(target_sets)
     folder.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.tmp")
-    with open(part, "wb") as stream:
-        np.savez(
-            stream, scores_NJ=influence.scores_NJ, subtasks=np.array(influence.subtasks),
-            target_sets=np.array(influence.target_sets),
-        )  # fmt: skip
-    part.replace(file)
+    with _lock(folder / "scores.lock", wait=True):  # of all methods: two of them may build the same embeddings
+        if file.exists():
+            with np.load(file) as kept:
+                return InfluenceScores(
+                    rows=store.rows(verify=False), scores_NJ=kept["scores_NJ"],
+                    subtasks=tuple(kept["subtasks"].tolist()), target_sets=tuple(kept["target_sets"].tolist()),
+                )  # fmt: skip
+        influence, _ = scorer.score(target_sets)
+        part = file.with_suffix(f".{os.getpid()}.tmp")
+        with open(part, "wb") as stream:
+            np.savez(
+                stream, scores_NJ=influence.scores_NJ, subtasks=np.array(influence.subtasks),
+                target_sets=np.array(influence.target_sets),
+            )  # fmt: skip
+        part.replace(file)
     return influence
 
 
@@ -337,14 +342,19 @@ def _start(
 ) -> dict[str, Measured]:  # fmt: skip
     """What the base model gives before any training."""
     key = "start-" + hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:18]
-    known = _read_trial(folder, key, held_out)
-    missing = [own for name, own in held_out.items() if name not in known]
     was_training = base.training
     base.eval()
-    found = {own.name: measure(base, tokenizer, own, config.tokens_per_batch, config.max_new_tokens) for own in missing}
-    base.train(was_training)
-    if found:
-        _write_trial(folder, key, found, held_out)
+    try:
+        with _lock(folder / f"{key}.lock", wait=True):
+            known = _read_trial(folder, key, held_out)
+            found = {
+                name: measure(base, tokenizer, own, config.tokens_per_batch, config.max_new_tokens)
+                for name, own in held_out.items() if name not in known
+            }  # fmt: skip
+            if found:
+                _write_trial(folder, key, found, held_out)
+    finally:
+        base.train(was_training)
     return known | found
 
 
@@ -384,14 +394,18 @@ def _one_by_one(folder: Path, trials: Sequence[Trial]) -> Iterator[Trial]:
 
 @contextmanager
 def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
-    with open(path, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
+    while True:
+        with open(path, "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            if not os.fstat(file.fileno()).st_nlink:  # who held it has removed it: another may hold a new one
+                continue
+            yield True
+            path.unlink(missing_ok=True)
             return
-        yield True
-        path.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -82,7 +84,7 @@ def arms_of(
             if how == "rows":
                 positions = select_top(score_N, num_to_select(len(score_N), fraction=fraction))
             else:
-                budget = fraction * int(num_supervised_N.sum())
+                budget = ceil(Fraction(str(fraction)) * int(num_supervised_N.sum()))  # exact, as `num_to_select` is
                 positions = select_tokens(score_N, num_supervised_N, budget)
             arms.append(
                 Arm(
@@ -101,8 +103,14 @@ def arms_of(
 def quantile_arms(
     scores: InfluenceScores, *, method: str, target: str, fraction: float, num_quantiles: int, seed: int
 ) -> list[Arm]:
-    """⌈fraction · N⌉ rows, or all there are, drawn by the seed from each quantile of a method's scores."""
+    """⌈fraction · N⌉ rows, or all there are, drawn by the seed from each quantile of a method's scores.
+
+    Raises:
+        SettingError: there are more quantiles than rows.
+    """
     score_N = scores.of(target).score_N
+    if num_quantiles > len(score_N):
+        raise SettingError(f"quantiles must be at most the {len(score_N)} rows of the store, got {num_quantiles}")
     count = num_to_select(len(score_N), fraction=fraction)
     ascending = np.argsort(score_N, kind="stable")
     generator = np.random.default_rng(seed)

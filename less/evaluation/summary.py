@@ -187,7 +187,8 @@ def _trend(drops_QSE: NDArray[np.float64], num_resamples: int) -> Interval:
         spearman(place_Q, drops_QSE[:, seeds][:, :, rows].mean(axis=(1, 2)))
         for seeds, rows in _draws(drops_QSE.shape[1:], num_resamples)
     ]
-    low, high = np.nanquantile(found, [0.025, 0.975])
+    usable = [rho for rho in found if not np.isnan(rho)]  # equal drops have no order
+    low, high = np.quantile(usable, [0.025, 0.975]) if 2 * len(usable) > len(found) else (nan, nan)
     return Interval(value=spearman(place_Q, drops_QSE.mean(axis=(1, 2))), low=float(low), high=float(high))
 
 

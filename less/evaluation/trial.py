@@ -26,7 +26,7 @@ from less.training import WarmupConfig, fine_tune, randomness
 
 __all__ = ["HeldOut", "Measured", "answer_of", "measure", "row_losses", "run_trial"]
 
-_AFTER = re.compile(r"answer is:?\s*(.*)", re.IGNORECASE)
+_BEFORE = re.compile(r"answer is:?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +108,10 @@ def row_losses(model: nn.Module, rendered: Sequence[Rendered], tokens_per_batch:
 
 def answer_of(reply: str) -> str:
     """What a reply gives as its answer, made comparable."""
-    found = _AFTER.findall(reply)
-    text = (found[-1] if found else reply).casefold().replace("$", "")
+    *before, text = _BEFORE.split(reply)
+    if before:
+        text = text.lstrip().partition("\n")[0]
+    text = text.casefold().replace("$", "")
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     return " ".join(text.split()).strip(" .,:;!?'\"*`")
 
