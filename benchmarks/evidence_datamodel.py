@@ -417,8 +417,8 @@ def as_markdown(report: Mapping[str, Any], picture: str | None) -> str:
     ]  # fmt: skip
     for name, own in report["results"].items():
         cells = [in_words(own["lds"]), in_words(own["over_targets"]), f"{own['one_seed']:.2f}"]
-        cells += [f"{own['by_set'][one]:.2f}" for one in sets] + [in_words(own["less_adam"])]
-        lines.append(f"| {_named(name)} | " + " | ".join(cells).replace("-", "−").replace("−0.00", "0.00") + " |")
+        cells += [f"{own['by_set'][one]:.2f}" for one in sets] + [in_words(own["less_adam"], 3)]
+        lines.append(f"| {_named(name)} | " + " | ".join(cells).replace("-", "−") + " |")
     lines += ["", "## In short", "", *(f"- {sentence}" for sentence in verdicts(report["results"]))]
     return "\n".join(lines) + "\n"
 

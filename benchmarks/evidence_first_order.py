@@ -599,15 +599,15 @@ def as_json(interval: Interval) -> dict[str, float | None]:
 # ---- the page
 
 
-def in_words(entry: Mapping[str, float | None] | None) -> str:
+def in_words(entry: Mapping[str, float | None] | None, digits: int = 2) -> str:
     """A number and its interval, for a table."""
     if entry is None or entry["value"] is None:
         return ""
     if entry["low"] is None:
-        text = f"{entry['value']:.2f}"
+        text = f"{entry['value']:.{digits}f}"
     else:
-        text = f"{entry['value']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]"
-    return text.replace("-", "−").replace("−0.00", "0.00")
+        text = f"{entry['value']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"
+    return text.replace("-", "−")
 
 
 def title(outcome: Mapping[str, Any]) -> str:
@@ -652,7 +652,7 @@ def as_markdown(report: Mapping[str, Any], picture: str | None) -> str:
         for way, entry in outcome["ways"].items():
             cells = [in_words(entry["by_set"][name]["pearson"]) for name in sets]
             cells += [in_words(entry["pearson"]), in_words(entry["exact"]["pearson"]), in_words(entry["spearman"])]
-            cells += [in_words(entry.get("less_adam")), in_words(entry.get("slope"))]
+            cells += [in_words(entry.get("less_adam"), 3), in_words(entry.get("slope"))]
             lines.append(f"| {_way_in_words(way)} | " + " | ".join(cells) + " |")
         lines.append("")
     for measure in ("Pearson", "Spearman"):
