@@ -151,8 +151,6 @@ def short_rows(pool: Path, count: int, most: int, renderer: Renderer) -> tuple[l
     """The first rows of the pool that can be used and have few tokens: their tokens, and their lines."""
     rendered, lines = [], []
     for record in open_source(pool).iter_records():
-        if len(rendered) == count:
-            return rendered, lines
         try:
             row = renderer.render_record(record)
         except RowProblem:
@@ -160,6 +158,8 @@ def short_rows(pool: Path, count: int, most: int, renderer: Renderer) -> tuple[l
         if not row.truncated and row.num_tokens <= most:
             rendered.append(row)
             lines.append(json.dumps(record.columns) + "\n")
+        if len(rendered) == count:
+            return rendered, lines
     raise SystemExit(
         f"{pool} has {len(rendered)} rows of at most {most} tokens, expected {count}; ask for fewer --rows"
     )

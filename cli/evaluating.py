@@ -1,5 +1,6 @@
 """`gradsift evaluate`."""
 
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ def evaluate_command(quiet: bool, debug: bool, **options: Any) -> None:
         --eval eval.jsonl --fractions 0.05,0.1 --output experiment
     """
     hush_libraries(quiet)
-    from cli.evaluation_figure import evaluation_figure
+    from cli.evaluation_figure import evaluation_figure, percent
     from less import evaluate
 
     for name in ("targets", "held_out", "checkpoints", "data"):
@@ -101,24 +102,33 @@ def evaluate_command(quiet: bool, debug: bool, **options: Any) -> None:
     if quiet:
         return
     for target, start in found.start.items():
+        before = f"loss before training {start['loss']:.4f}"
+        if answered := not isnan(start["accuracy"]):
+            before += f", correct {start['accuracy']:.0%}"
         for fraction, match in dict.fromkeys((arm.fraction, arm.match) for arm in found.arms):
             view = table(
-                f"{target}: {fraction:.0%} of the {match}; loss before training {start['loss']:.3f}",
-                "method", "rows", "tokens", "loss", "drop beyond random [95%]",
+                f"{target}: {percent(fraction)} of the {match}; {before}",
+                "method", "rows", "tokens", "loss", "drop beyond random [95%]", *(["correct"] if answered else []),
             )  # fmt: skip
+            for column in view.columns[1:4]:
+                column.justify = "right"
             own = [arm for arm in found.arms if (arm.target, arm.fraction, arm.match) == (target, fraction, match)]
             for arm in sorted(own, key=lambda arm: arm.loss):
-                beyond = "" if arm.method == "random" else _three_digits(arm.over_random)
-                view.add_row(arm.method, f"{arm.num_rows:.0f}", f"{arm.num_supervised:,.0f}", f"{arm.loss:.4f}", beyond)
+                beyond = "" if arm.method == "random" else _with_signs(arm.over_random)
+                cells = [arm.method, f"{arm.num_rows:,.0f}", f"{arm.num_supervised:,.0f}", f"{arm.loss:.4f}", beyond]
+                view.add_row(*cells, *([f"{arm.accuracy:.0%}"] if answered else []))
             show_table(view)
             click.echo()
-    for test in found.quantiles:
-        click.echo(
-            f"{test.target}: a higher score by {test.method} teaches more: rank correlation over "
-            f"{len(test.drops)} parts {test.trend}"
-        )
-    click.echo(f"{Path(options['output']) / 'evaluation.json'}, {figure}")
+    if found.quantiles:
+        title = "does a higher score teach more?"
+        view = table(title, "target", "scores by", "parts", "rank correlation with the drop [95%]")
+        for test in found.quantiles:
+            view.add_row(test.target, test.method, str(len(test.drops)), str(test.trend))
+        show_table(view)
+        click.echo()
+    click.echo(f"written: {figure.with_suffix('.json')}")
+    click.echo(f"written: {figure}")
 
 
-def _three_digits(found: "Interval") -> str:
-    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+def _with_signs(found: "Interval") -> str:
+    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]".replace("-", "−")

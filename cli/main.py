@@ -45,8 +45,10 @@ def gradsift() -> None:
     gradsift warmup           train a LoRA adapter on a fraction of the pool
     gradsift build-datastore  gradient features of every row, at every checkpoint
     gradsift select           the rows most influential for the targets
+    gradsift verify           what the numbers of a store are worth
+    gradsift evaluate         what is gained by training on a selection
 
-    `gradsift quickstart` runs all three on a small sample. `gradsift ches` is about preference pairs: which of
+    `gradsift quickstart` runs the first three on a small sample. `gradsift ches` is about preference pairs: which of
     them make DPO push probability off the answer that it should prefer.
     """
 

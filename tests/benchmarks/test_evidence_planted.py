@@ -228,7 +228,16 @@ def made(bench, tmp_path_factory, tiny_model_folder, tiny_rows):
     ]  # fmt: skip
     run(bench, *prepare)
     run(bench, "build", "--work", work)
-    few = ["--work", work, "--targets", f"t0={folder / 'target.jsonl'}", "--max-target-tokens", 120, "--resamples", 9]
+    few = [
+        "--work",
+        work,
+        "--targets",
+        f"t0={folder / 'target.jsonl'}",
+        "--max-target-tokens",
+        "t0=120",
+        "--resamples",
+        9,
+    ]
     run(bench, "corrupted", *few)
     run(bench, "provenance", *few, "--store", work / "store")
     run(bench, "report", "--work", work, "--json", folder / "out.json")
@@ -288,6 +297,8 @@ def test_what_is_finished_is_kept_and_other_settings_are_refused(bench, made):
     with pytest.raises(SettingError, match="begun with other fraction"):
         run(bench, *made.prepare, "--fraction", 0.25)
     with pytest.raises(SettingError, match="begun with other targets"):
-        run(bench, "corrupted", *made.few, "--max-target-tokens", 500)
+        run(bench, "corrupted", *made.few, "--max-target-tokens", "t0=500")
+    with pytest.raises(SettingError, match="no target set 'bbh' to limit; there are t0"):
+        run(bench, "corrupted", *made.few, "--max-target-tokens", "bbh=500")
     with pytest.raises(SystemExit, match="has no result yet"):
         run(bench, "report", "--work", made.folder / "nothing", "--json", made.folder / "no.json")

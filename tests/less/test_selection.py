@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datastore.errors import SettingError
-from less.selection import num_to_select, ranks, select_round_robin, select_top
+from less.selection import num_to_select, ranks, select_round_robin, select_tokens, select_top
 
 SCORES = st.lists(st.integers(-3, 3), min_size=1, max_size=30).map(lambda xs: np.array(xs, np.float32))
 
@@ -22,6 +22,24 @@ def test_select_top_equals_a_stable_sort(scores_N, data):
 def test_ranks_are_the_places_in_select_top(scores_N):
     order = select_top(scores_N, len(scores_N))
     assert ranks(scores_N)[order].tolist() == list(range(1, len(scores_N) + 1))
+
+
+@given(SCORES, st.data())
+def test_select_tokens_takes_the_best_rows_up_to_the_one_that_reaches_the_budget(scores_N, data):
+    num_tokens = data.draw(st.lists(st.integers(1, 9), min_size=len(scores_N), max_size=len(scores_N)))
+    budget = data.draw(st.one_of(st.integers(1, sum(num_tokens) + 5), st.floats(0.01, sum(num_tokens) + 5.0)))
+    expected, held = [], 0
+    for n in sorted(range(len(scores_N)), key=lambda n: (-scores_N[n], n)):
+        if held >= budget:
+            break
+        expected.append(n)
+        held += num_tokens[n]
+    assert select_tokens(scores_N, np.array(num_tokens, np.int32), budget).tolist() == expected
+
+
+def test_select_tokens_counts_beyond_32_bits():
+    num_tokens_N = np.full(4, 2**30, np.int32)
+    assert len(select_tokens(np.zeros(4, np.float32), num_tokens_N, 3 * 2**30)) == 3
 
 
 @given(st.integers(1, 12), st.integers(1, 4), st.data())
