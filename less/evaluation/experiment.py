@@ -1,36 +1,33 @@
 """`evaluate`: select by each method, train on each selection from the same start, measure the targets' held-out rows.
 
-Every finished trial is a file, so an interrupted experiment goes on where it was, and the same command started several
-times shares the work: a trial is done by the process that holds its lock. What a selection is, is `plan`'s business,
-what a training is, `trial`'s, and what it all says, `summary`'s.
+What a selection is, is `plan`'s business, what a training is, `trial`'s, what is done already, `ledger`'s, and what it
+all says, `summary`'s.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore
-from datastore.errors import DataError, SettingError
+from datastore.errors import SettingError
 from less.adapters import load_adapter_config
-from less.checkpoints import as_paths, checkpoint_folders
-from less.data.records import RowProblem, open_source
-from less.data.rendering import Rendered, Renderer
-from less.data.targets import TargetSet
+from less.checkpoints import EvidenceWarning, as_paths, checkpoint_folders
 from less.data.writing import write_lines
+from less.evaluation.held_out import HeldOut, load_held_out_sets
+from less.evaluation.ledger import Ledger
 from less.evaluation.plan import MATCHES, Arm, Trial, arms_of, parse_method, plan_trials, quantile_arms
 from less.evaluation.summary import Evaluation, summarize
-from less.evaluation.trial import HeldOut, Measured, measure, run_trial
+from less.evaluation.trial import Measured, measure, run_trial
 from less.influence import InfluenceScores
 from less.methods import open_scorer
 from less.pool import Pool
@@ -42,6 +39,7 @@ from less.training import WarmupConfig, lora_config
 __all__ = ["EvaluateConfig", "evaluate"]
 
 RESULT = "evaluation.json"
+FEW_STEPS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,62 +151,61 @@ def evaluate(
         GradsiftError: see `datastore.errors`.
         SettingError: a setting is out of range, or `held_out` does not fit the targets.
     """
-    config = EvaluateConfig(**settings)
+    config, folder = EvaluateConfig(**settings), Path(output)
     store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
-    pool, folder = Pool(store, data), Path(output)
-    base = open_base_model(store, ScoreConfig(**config.scoring), model)
+    pool, as_the_pool = Pool(store, data), ScoreConfig(**config.scoring | {"system_prompt": None})
+    base = open_base_model(store, as_the_pool, model)
     max_length = store.settings["rendering"]["max_length"]
     renderer = open_renderer(store, ScoreConfig(**config.scoring), model, tokenizer, max_length)
-    loaded_tokenizer = renderer.tokenizer
+    pool_renderer = open_renderer(store, as_the_pool, base, renderer.tokenizer, max_length)
     target_sets = load_target_sets(targets, renderer, strict=False)
-    held_out_of = _held_out_sets(target_sets, held_out, renderer, config)
-    lora = _lora_of(store, checkpoints, config)
-
+    names = [t.name for t in target_sets]
+    held_out_of = load_held_out_sets(
+        held_out, names, renderer,
+        most=config.eval_rows, num_answers=config.answer_rows, max_new_tokens=config.max_new_tokens,
+    )  # fmt: skip
+    ledger, lora = Ledger(folder, held_out_of), _lora_of(store, checkpoints, config)
     known: dict[str, Tensor] = {}  # the targets' features are the same for every feature set
 
     def scores_of(method: str, seed: int = 0) -> InfluenceScores:
         asked = ScoreConfig(**config.scoring, **parse_method(method), seed=seed)
         scorer = open_scorer(
-            store, asked, model=base, tokenizer=loaded_tokenizer, checkpoints=checkpoints, pool=pool,
+            store, asked, model=base, tokenizer=renderer.tokenizer, checkpoints=checkpoints, pool=pool,
             progress=progress, known=known,
         )  # fmt: skip
-        return _kept_scores(folder / "scores", store, asked, target_sets, scorer)
+        made_of = [
+            [source.sha256 for source in store.sources], [t.sha256 for t in target_sets], names, asked.method,
+            asked.feature_set, asked.normalize, asked.seed, asked.system_prompt,
+        ]  # fmt: skip
+        return ledger.scores(made_of, store, lambda: scorer.score(target_sets)[0])
 
-    arms = _all_arms(config, scores_of, [t.name for t in target_sets])
-    rows = store.rows(verify=False)
+    arms, rows = _all_arms(config, scores_of, names), store.rows(verify=False)
     decides = {
         "model": store.settings["model"]["fingerprint"],
         "dtype": store.settings["model"]["dtype"],
         "rendering": store.settings["rendering"],
         "lora": {name: _plain(getattr(lora, name)) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")},
-        "training": {n: getattr(config, n) for n in ("epochs", "learning_rate", "batch_size")},
+        "training": {name: getattr(config, name) for name in ("epochs", "learning_rate", "batch_size")},
     }
     trials, keys = plan_trials(arms, rows, [entry.sha256 for entry in store.sources], decides)
-    trials_folder = folder / "trials"
-    trials_folder.mkdir(parents=True, exist_ok=True)
-
-    def rendered_rows(trial: Trial) -> list[Rendered]:
-        return [pool_renderer.render_record(record) for record in pool.take(rows, trial.positions)]
-
-    as_the_pool = ScoreConfig(**config.scoring | {"system_prompt": None})
-    pool_renderer = open_renderer(store, as_the_pool, base, loaded_tokenizer, max_length)
-    start = _start(trials_folder, base, loaded_tokenizer, held_out_of, decides, config)
-    missing = [trial for trial in trials if _missing(trials_folder, trial, held_out_of)]
+    _warn_of_short_trials(trials, config)
+    start_key = f"start-{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:18]}"
+    start = ledger.measured(start_key, partial(_measure_base, base, renderer.tokenizer, config=config))
+    missing = [trial for trial in trials if ledger.missing(trial)]
     num_rows = config.epochs * sum(len(trial.positions) for trial in missing)
     with Progress(total=num_rows, description=f"{len(missing)} trials", enabled=progress) as bar:
-        for trial in _one_by_one(trials_folder, missing):
-            own = _missing(trials_folder, trial, held_out_of)
-            if not own:  # another process has done it
+        for trial in ledger.one_by_one(missing):
+            if not (own := ledger.missing(trial)):  # another process has done it
                 bar.advance(config.epochs * len(trial.positions))
                 continue
-            measured = run_trial(
-                base, loaded_tokenizer, rendered_rows(trial), [held_out_of[name] for name in own], lora=lora,
-                training=config.training(trial.seed), max_new_tokens=config.max_new_tokens, bar=bar,
+            rendered = [pool_renderer.render_record(record) for record in pool.take(rows, trial.positions)]
+            found = run_trial(
+                base, renderer.tokenizer, rendered, own, lora=lora, training=config.training(trial.seed),
+                max_new_tokens=config.max_new_tokens, bar=bar,
             )  # fmt: skip
-            _write_trial(trials_folder, trial.key, measured, held_out_of)
-    results = {trial.key: _read_trial(trials_folder, trial.key, held_out_of) for trial in trials}
+            ledger.write(trial.key, found)
     evaluation = summarize(
-        arms, [results[key][arm.target] for arm, key in zip(arms, keys, strict=True)], start, rows,
+        arms, [ledger.read(key)[arm.target] for arm, key in zip(arms, keys, strict=True)], start, rows,
         settings={
             name: value for name, value in asdict(config).items() if name not in ("device", "trust_remote_code")
         } | {"lora": decides["lora"], "num_trials": len(trials)},
@@ -239,63 +236,6 @@ def _all_arms(config: EvaluateConfig, scores_of: Any, targets: Sequence[str]) ->
     return arms
 
 
-def _held_out_sets(
-    target_sets: Sequence[TargetSet], held_out: Any, renderer: Renderer, config: EvaluateConfig
-) -> dict[str, HeldOut]:
-    """The held-out rows of each target set, by its name."""
-    names = [t.name for t in target_sets]
-    if isinstance(held_out, Mapping):
-        given = dict(held_out)
-    else:
-        several = isinstance(held_out, list | tuple) and not any(isinstance(row, dict) for row in held_out)
-        parts = list(held_out) if several else [held_out]
-        given = dict(zip(names, parts, strict=False)) if len(parts) == len(names) else {}
-    if set(given) != set(names):
-        num_given = sum(name in given for name in names)
-        raise SettingError(
-            f"there are {len(names)} target sets ({', '.join(names)}) and held-out rows for {num_given or 'none'} of "
-            "them; give as many --eval as --targets, in the same order, or by the same names"
-        )
-    return {name: _load_held_out(name, given[name], renderer, config) for name in names}
-
-
-def _load_held_out(name: str, data: Any, renderer: Renderer, config: EvaluateConfig) -> HeldOut:
-    source = open_source(data)
-    found: list[tuple[Rendered, str | None]] = []
-    for record in source.iter_records():
-        try:
-            rendered = renderer.render_record(record)
-        except RowProblem:
-            continue
-        if not rendered.truncated:
-            answer = (record.columns or {}).get("answer")
-            found.append((rendered, None if answer is None else str(answer)))
-    if not found:
-        raise DataError(f"none of the {source.num_rows} held-out rows in {source.name} can be used whole")
-    if config.eval_rows is not None and config.eval_rows < len(found):
-        drawn = np.random.default_rng(0).choice(len(found), size=config.eval_rows, replace=False)
-        found = [found[n] for n in sorted(drawn.tolist())]
-    asked = [(row, answer) for row, answer in found if answer is not None][: config.answer_rows]
-    prompts = [row.input_ids[: _start_of_last_turn(row)] for row, _ in asked]
-    decides: list[Any] = [[row.input_ids, row.supervised] for row, _ in found] + [[answer for _, answer in asked]]
-    if asked:
-        decides.append(config.max_new_tokens)
-    digest = hashlib.sha256(json.dumps(decides).encode())
-    return HeldOut(
-        name=name,
-        rendered=[row for row, _ in found],
-        prompts=prompts,
-        answers=[str(answer) for _, answer in asked],
-        sha256=digest.hexdigest(),
-    )
-
-
-def _start_of_last_turn(row: Rendered) -> int:
-    """Where the row's last reply begins: what is before it, earlier replies too, is its prompt."""
-    end = row.num_tokens - row.supervised[::-1].index(True)
-    return end - next((n for n, is_reply in enumerate(row.supervised[:end][::-1]) if not is_reply), end)
-
-
 def _lora_of(store: Datastore, checkpoints: Any, config: EvaluateConfig) -> LoraConfig:
     """The adapter to train: the store's, or of the rank asked for."""
     if config.lora_rank is None and (checkpoints or holds_gradients(store)):
@@ -307,105 +247,25 @@ def _lora_of(store: Datastore, checkpoints: Any, config: EvaluateConfig) -> Lora
     return lora_config(replace(default, lora_rank=config.lora_rank or default.lora_rank, lora_alpha=None))
 
 
-def _kept_scores(
-    folder: Path, store: Datastore, config: ScoreConfig, target_sets: Sequence[TargetSet], scorer: Any
-) -> InfluenceScores:
-    """Scores of an earlier run with the same store and targets, or new ones, kept for the next."""
-    made_of = json.dumps(
-        [store.manifest.settings_hash, [s.sha256 for s in store.sources], [t.sha256 for t in target_sets],
-         [t.name for t in target_sets], config.method, config.feature_set, config.normalize, config.seed,
-         config.system_prompt],
-    )  # fmt: skip
-    file = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.npz"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / "scores.lock", wait=True):  # of all methods: two of them may build the same embeddings
-        if file.exists():
-            with np.load(file) as kept:
-                return InfluenceScores(
-                    rows=store.rows(verify=False), scores_NJ=kept["scores_NJ"],
-                    subtasks=tuple(kept["subtasks"].tolist()), target_sets=tuple(kept["target_sets"].tolist()),
-                )  # fmt: skip
-        influence, _ = scorer.score(target_sets)
-        part = file.with_suffix(f".{os.getpid()}.tmp")
-        with open(part, "wb") as stream:
-            np.savez(
-                stream, scores_NJ=influence.scores_NJ, subtasks=np.array(influence.subtasks),
-                target_sets=np.array(influence.target_sets),
-            )  # fmt: skip
-        part.replace(file)
-    return influence
-
-
-def _start(
-    folder: Path, base: PreTrainedModel, tokenizer: Any, held_out: dict[str, HeldOut], decides: dict[str, Any],
-    config: EvaluateConfig,
-) -> dict[str, Measured]:  # fmt: skip
-    """What the base model gives before any training."""
-    key = "start-" + hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:18]
+def _measure_base(base: PreTrainedModel, tokenizer: Any, held_out: HeldOut, *, config: EvaluateConfig) -> Measured:
+    """What the base model gives before any training; its mode is given back."""
     was_training = base.training
     base.eval()
     try:
-        with _lock(folder / f"{key}.lock", wait=True):
-            known = _read_trial(folder, key, held_out)
-            found = {
-                name: measure(base, tokenizer, own, config.tokens_per_batch, config.max_new_tokens)
-                for name, own in held_out.items() if name not in known
-            }  # fmt: skip
-            if found:
-                _write_trial(folder, key, found, held_out)
+        return measure(base, tokenizer, held_out, config.tokens_per_batch, config.max_new_tokens)
     finally:
         base.train(was_training)
-    return known | found
 
 
-def _missing(folder: Path, trial: Trial, held_out: dict[str, HeldOut]) -> list[str]:
-    known = _read_trial(folder, trial.key, held_out)
-    return [name for name in trial.targets if name not in known]
-
-
-def _read_trial(folder: Path, key: str, held_out: dict[str, HeldOut]) -> dict[str, Measured]:
-    """What a finished trial measured on these held-out rows, by target set."""
-    file = folder / f"{key}.json"
-    if not file.exists():
-        return {}
-    by_sha256 = json.loads(file.read_text(encoding="utf-8"))
-    return {name: Measured(**by_sha256[own.sha256]) for name, own in held_out.items() if own.sha256 in by_sha256}
-
-
-def _write_trial(folder: Path, key: str, measured: dict[str, Measured], held_out: dict[str, HeldOut]) -> None:
-    file = folder / f"{key}.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    found = {held_out[name].sha256: asdict(own) for name, own in measured.items()}
-    write_lines(file, [json.dumps(known | found)])
-
-
-def _one_by_one(folder: Path, trials: Sequence[Trial]) -> Iterator[Trial]:
-    """Trials that no other process works on, each while its lock is held; those of others are waited for at the end."""
-    for wait in (False, True):
-        left = []
-        for trial in trials:
-            with _lock(folder / f"{trial.key}.lock", wait=wait) as is_ours:
-                if is_ours:
-                    yield trial
-                else:
-                    left.append(trial)
-        trials = left
-
-
-@contextmanager
-def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
-    while True:
-        with open(path, "w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            if not os.fstat(file.fileno()).st_nlink:  # who held it has removed it: another may hold a new one
-                continue
-            yield True
-            path.unlink(missing_ok=True)
-            return
+def _warn_of_short_trials(trials: Sequence[Trial], config: EvaluateConfig) -> None:
+    fewest = min(config.epochs * ceil(len(trial.positions) / config.batch_size) for trial in trials)
+    if fewest < FEW_STEPS:
+        warnings.warn(
+            f"some trainings have {fewest} optimizer steps, fewer than {FEW_STEPS}, the first at a learning rate of 0: "
+            "they hardly teach anything. Raise --epochs or --fractions, or lower --batch-size",
+            EvidenceWarning,
+            stacklevel=3,
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -19,30 +19,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from less.adapters import lora_model
 from less.data.batching import BatchBudget, collate, run_in_batches
 from less.data.rendering import Rendered
+from less.evaluation.held_out import HeldOut
 from less.gradients import token_losses
 from less.lm_head import find_unembedding
 from less.progress import Progress
 from less.training import WarmupConfig, fine_tune, randomness
 
-__all__ = ["HeldOut", "Measured", "answer_of", "measure", "row_losses", "run_trial"]
+__all__ = ["Measured", "answer_of", "measure", "row_losses", "run_trial"]
 
 _BEFORE = re.compile(r"answer is:?", re.IGNORECASE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """Rows that a trial is measured on, and never trained on."""
-
-    name: str
-    """The target set that they belong to."""
-    rendered: list[Rendered]
-    """Their tokens."""
-    prompts: list[list[int]]
-    """Token ids up to the reply, of the rows whose answer is to be checked."""
-    answers: list[str]
-    """Their answers; as many as `prompts`."""
-    sha256: str
-    """Of the rows' tokens and answers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,14 @@ import less.evaluation.experiment as experiment
 from datastore import Datastore
 from datastore.errors import DataError, ProvenanceError, SettingError
 from less import build_embeddings, evaluate
-from less.evaluation.experiment import EvaluateConfig, _lock
+from less.checkpoints import EvidenceWarning
+from less.evaluation import ledger
+from less.evaluation.experiment import EvaluateConfig
+from less.evaluation.ledger import Ledger, _lock
 from less.models import load_base_model, lora_layers
 
 REPOSITORY = Path(__file__).parents[3]
+pytestmark = pytest.mark.filterwarnings("ignore::less.checkpoints.EvidenceWarning")  # of short trainings
 
 
 @pytest.fixture(autouse=True)
@@ -223,6 +227,10 @@ class TestOneTraining:
         )  # fmt: skip
         assert [arm.method for arm in found.arms] == ["length", "random"]
 
+    def test_of_a_few_steps_is_warned_of(self, run, tmp_path):
+        with pytest.warns(EvidenceWarning, match="2 optimizer steps, fewer than 10"):
+            run(tmp_path / "out", methods=["random"], seeds=1, match=["rows"])
+
     def test_has_the_quantiles_as_its_own_arms(self, run, tmp_path):
         found = run(
             tmp_path / "out", methods=["length"], quantiles=3, quantile_methods=["length"], match=["rows"], seeds=1
@@ -240,7 +248,8 @@ class TestHeldOutRows:
 
     def test_that_cannot_be_used_whole_are_left_out(self, run, tiny_rows, tmp_path):
         long = {"prompt": "mix " + "red " * 100, "completion": "teal"}
-        assert self.one([tiny_rows[0], {"id": "bare"}, long, tiny_rows[1]], run, tmp_path)["rows"] == 2
+        with pytest.warns(EvidenceWarning, match="2 of the 4 held-out rows of tones cannot be used whole"):
+            assert self.one([tiny_rows[0], {"id": "bare"}, long, tiny_rows[1]], run, tmp_path)["rows"] == 2
 
     def test_of_which_none_can_be_used_are_an_error(self, run, tmp_path):
         with pytest.raises(DataError, match=r"none of the 1 held-out rows"):
@@ -314,18 +323,17 @@ class TestSeveralProcesses:
 
     def test_wait_at_the_end_for_a_trial_that_another_works_on(self, tmp_path):
         trials = [experiment.Trial(key=key, positions=None, seed=0, targets=()) for key in "abc"]
-        (tmp_path / "x").touch()
-        with held(tmp_path / "a.lock"):
-            work = experiment._one_by_one(tmp_path, trials)
+        work = Ledger(tmp_path, {}).one_by_one(trials)
+        with held(tmp_path / "trials" / "a.lock"):
             assert [next(work).key, next(work).key] == ["b", "c"]
         assert next(work).key == "a"
         assert next(work, None) is None
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
+        assert not list((tmp_path / "trials").iterdir())
 
     def test_do_not_hold_one_lock_both_when_its_file_was_taken_away(self, tmp_path):
         """The file that a waiting process has opened is not the one that the next process makes."""
         path = tmp_path / "lock"
-        real = experiment.fcntl.flock
+        real = ledger.fcntl.flock
 
         def slow(file, how):
             if path.exists() and path.stat().st_size == 0 and not os.listdir(tmp_path).count("stolen"):
@@ -334,7 +342,7 @@ class TestSeveralProcesses:
             return real(file, how)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(experiment.fcntl, "flock", slow)
+            patch.setattr(ledger.fcntl, "flock", slow)
             with _lock(path, wait=True) as is_ours:
                 assert is_ours
                 with _lock(path, wait=False) as is_theirs:

@@ -6,7 +6,8 @@ import torch
 from less.data.batching import collate
 from less.data.conversations import conversation_of
 from less.data.rendering import RenderConfig, Renderer
-from less.evaluation.trial import HeldOut, answer_of, measure, row_losses, run_trial
+from less.evaluation.held_out import HeldOut
+from less.evaluation.trial import answer_of, measure, row_losses, run_trial
 from less.gradients import token_losses
 from less.models import load_base_model, load_tokenizer, lora_layers
 from less.training import WarmupConfig, lora_config
