@@ -45,8 +45,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence_first_order import NORMALIZES, Case, Targets, agree_on_plan, as_json, in_words, projected
-from harness import machine, machine_in_words, write_report
+from evidence_first_order import NORMALIZES, Case, Targets, as_json, in_words, projected
+from harness import agree_on_plan, machine, machine_in_words, write_report
 from numpy.typing import NDArray
 from peft import LoraConfig
 

@@ -45,7 +45,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import machine, machine_in_words, write_report
+from harness import agree_on_plan, machine, machine_in_words, write_report
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
@@ -483,18 +483,6 @@ def rate_of_the_next_step(checkpoint: Checkpoint) -> float | None:
     """The learning rate that the run's optimizer would have used next, if it is kept and not 0."""
     file = optimizer_file(checkpoint.path)
     return (file and float(read_optimizer(file)[1][0].get("lr", 0.0))) or None
-
-
-def agree_on_plan(work: Path, plan: dict[str, Any]) -> None:
-    """Write down what is done here, or stop where a folder holds something else."""
-    file = work / "plan.json"
-    work.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        file.write_text(json.dumps(plan), encoding="utf-8")
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    for key, value in json.loads(json.dumps(plan)).items():
-        if kept.get(key) != value:
-            raise SettingError(f"{work} was begun with other {key}; give another --work")
 
 
 # ---- judgement

@@ -59,8 +59,8 @@ from typing import Any
 
 import numpy as np
 from evidence_datamodel import short_rows
-from evidence_first_order import agree_on_plan, as_json, in_words
-from harness import machine, machine_in_words, write_report
+from evidence_first_order import as_json, in_words
+from harness import agree_on_plan, machine, machine_in_words, write_report
 from numpy.typing import NDArray
 
 from datastore import Datastore

@@ -41,7 +41,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import machine, machine_in_words, timed, write_report
+from harness import agree_on_plan, machine, machine_in_words, timed, write_report
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -236,18 +236,6 @@ def few_targets(data: Path, wanted: Sequence[str], renderer: Renderer) -> list[t
                 counts[subtask] += 1
                 found.append((name, subtask, rendered))
     return found
-
-
-def agree_on_plan(work: Path, plan: dict[str, Any]) -> None:
-    """Write down what is gathered, or stop where a folder holds something else."""
-    file = work / "plan.json"
-    work.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        file.write_text(json.dumps(plan), encoding="utf-8")
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    for key, value in json.loads(json.dumps(plan)).items():
-        if kept[key] != value:
-            raise SystemExit(f"{work} was begun with other {key}; give another --work")
 
 
 def target_gradients(model: Any, rendered: Sequence[Rendered], parts: FeatureParts) -> dict[str, Tensor]:

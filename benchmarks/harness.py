@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["machine", "machine_in_words", "options", "table", "timed", "write_report"]
+__all__ = ["agree_on_plan", "machine", "machine_in_words", "options", "table", "timed", "write_report"]
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -119,6 +119,18 @@ def table(results: dict[str, dict[str, Any]], **more: str) -> list[str]:
         cells += ["" if found.get(key) is None else f"{found[key]:,}" for key in columns]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def agree_on_plan(work: Path, plan: dict[str, Any]) -> None:
+    """Write down what is done in a folder, or stop where it holds something else."""
+    file = work / "plan.json"
+    work.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        file.write_text(json.dumps(plan), encoding="utf-8")
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    for key, value in json.loads(json.dumps(plan)).items():
+        if kept.get(key) != value:
+            raise SystemExit(f"{work} was begun with other {key}; give another --work")
 
 
 def write_report(report: dict[str, Any], page: str, path: Path | None) -> None:

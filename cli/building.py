@@ -10,6 +10,7 @@ from cli.options import (
     loading_options,
     model_option,
     output_options,
+    pool_options,
     rendering_options,
     running_options,
     strict_option,
@@ -28,14 +29,7 @@ __all__ = ["build_datastore_command"]
     metavar="RUN",
     help="A run folder (all its checkpoint-*), RUN:last (its last one) or a checkpoint folder; may be repeated.",
 )
-@click.option(
-    "--data",
-    required=True,
-    multiple=True,
-    metavar="POOL",
-    help="Instruction pool: .jsonl, .parquet, a folder or a hub name; may be repeated.",
-)
-@click.option("--datastore", required=True, metavar="DS", help="Folder of the store.")
+@pool_options
 @click.option(
     "--update-rule",
     default=["adam"],
@@ -76,9 +70,6 @@ __all__ = ["build_datastore_command"]
     type=CommaList(float),
     metavar="W,W,...",
     help="Weight of each checkpoint.  [default: mean learning rates, from its log]",
-)
-@click.option(
-    "--shard-rows", default=1024, show_default=True, metavar="N", help="Rows a file: the most that a kill loses."
 )
 @click.option(
     "--feature-dtype",

@@ -9,6 +9,7 @@ from cli.options import (
     loading_options,
     model_option,
     output_options,
+    pool_options,
     rendering_options,
     running_options,
     strict_option,
@@ -20,17 +21,7 @@ __all__ = ["build_embeddings_command"]
 
 @click.command("build-embeddings", short_help="Embeddings of every row, to select by without gradients.")
 @model_option
-@click.option(
-    "--data",
-    required=True,
-    multiple=True,
-    metavar="POOL",
-    help="Instruction pool: .jsonl, .parquet, a folder or a hub name; may be repeated.",
-)
-@click.option("--datastore", required=True, metavar="DS", help="Folder of the store.")
-@click.option(
-    "--shard-rows", default=1024, show_default=True, metavar="N", help="Rows a file: the most that a kill loses."
-)
+@pool_options
 @click.option(
     "--feature-dtype",
     default="float16",

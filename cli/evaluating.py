@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.libraries import hush_libraries
-from cli.options import CommaList, output_options
+from cli.options import CommaList, found_again_options, output_options
 from cli.showing import show_table, table
 
 if TYPE_CHECKING:
@@ -70,14 +70,9 @@ __all__ = ["evaluate_command"]
 )
 @click.option("--max-new-tokens", default=256, show_default=True, metavar="N", help="Of an answer.")
 @click.option("--system-prompt", metavar="keep|none|TEXT", help="For targets and --eval.  [default: as for the pool]")
-@click.option("--model", metavar="M", help="Base model, where it has moved since the build.")
-@click.option("--tokenizer", metavar="M", help="Tokenizer, where it is not the model's own.")
-@click.option("--checkpoints", multiple=True, metavar="RUN", help="Checkpoints, where they have moved.")
-@click.option("--data", multiple=True, metavar="POOL", help="The pool, where it has moved.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
 @click.option("--tokens-per-batch", type=click.IntRange(min=1), metavar="N", help="Padded tokens computed at once.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Check the shards' checksums.")
-@click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run.")
+@found_again_options
 @output_options
 def evaluate_command(quiet: bool, debug: bool, **options: Any) -> None:
     """Select by each method, train a fresh adapter on each selection, and measure the loss on held-out target rows.

@@ -7,9 +7,11 @@ import click
 
 __all__ = [
     "CommaList",
+    "found_again_options",
     "loading_options",
     "model_option",
     "output_options",
+    "pool_options",
     "rendering_options",
     "running_options",
     "strict_option",
@@ -46,6 +48,26 @@ def _bundle(*options: Callable[[Command], Command]) -> Callable[[Command], Comma
 
 
 model_option = click.option("--model", required=True, metavar="M", help="Base model: a folder or a hub name.")
+
+pool_options = _bundle(
+    click.option(
+        "--data", required=True, multiple=True, metavar="POOL",
+        help="Instruction pool: .jsonl, .parquet, a folder or a hub name; may be repeated.",
+    ),
+    click.option("--datastore", required=True, metavar="DS", help="Folder of the store."),
+    click.option(
+        "--shard-rows", default=1024, show_default=True, metavar="N", help="Rows a file: the most that a kill loses."
+    ),
+)  # fmt: skip
+
+found_again_options = _bundle(
+    click.option("--model", metavar="M", help="Base model, where it has moved since the build."),
+    click.option("--tokenizer", metavar="M", help="Tokenizer, where it is not the model's own."),
+    click.option("--checkpoints", multiple=True, metavar="RUN", help="Checkpoints, where they have moved."),
+    click.option("--data", multiple=True, metavar="POOL", help="The pool, where it has moved."),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),
+    click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run."),
+)
 
 loading_options = _bundle(
     click.option("--tokenizer", metavar="M", help="Tokenizer, where it is not the model's own."),

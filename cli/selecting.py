@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from cli.libraries import hush_libraries
-from cli.options import CommaList, output_options
+from cli.options import CommaList, found_again_options, output_options
 from cli.showing import show_skipped, show_table, table
 
 __all__ = ["select_command"]
@@ -55,16 +55,11 @@ _NUM_SHOWN = 5
     help="Cosine; or none: the predicted drop of the targets' loss, which favours short rows.",
 )
 @click.option("--system-prompt", metavar="keep|none|TEXT", help="For the targets.  [default: as for the pool]")
-@click.option("--model", metavar="M", help="Base model, where it has moved since the build.")
-@click.option("--tokenizer", metavar="M", help="Tokenizer, where it is not the model's own.")
-@click.option("--checkpoints", multiple=True, metavar="RUN", help="Checkpoints, where they have moved.")
 @click.option("--checkpoint-weights", type=CommaList(float), metavar="W,W,...", help="In place of the store's.")
-@click.option("--data", multiple=True, metavar="POOL", help="The pool, where it has moved.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
 @click.option("--tokens-per-batch", type=click.IntRange(min=1), metavar="N", help="Padded tokens computed at once.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Check the shards' checksums.")
 @click.option("--strict", is_flag=True, help="Stop at the first target that would be skipped.")
-@click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run.")
+@found_again_options
 @output_options
 def select_command(quiet: bool, debug: bool, **options: Any) -> None:
     """Rank a store's rows by their influence on the targets and write the best, with every original column.

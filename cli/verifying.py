@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from cli.libraries import hush_libraries
-from cli.options import output_options
+from cli.options import found_again_options, output_options
 from cli.showing import visible
 
 __all__ = ["verify_command"]
@@ -48,12 +48,7 @@ class Bounds(click.ParamType):
     help="Exit with 1 if one is missed; names as in --json, under `values`.",
 )
 @click.option("--json", "json_file", metavar="FILE", help="Also write all of it as JSON.")
-@click.option("--data", multiple=True, metavar="POOL", help="The pool, where it has moved.")
-@click.option("--model", metavar="M", help="Base model, where it has moved since the build.")
-@click.option("--tokenizer", metavar="M", help="Tokenizer, where it is not the model's own.")
-@click.option("--checkpoints", multiple=True, metavar="RUN", help="Checkpoints, where they have moved.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
-@click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run.")
+@found_again_options
 @output_options
 def verify_command(quiet: bool, debug: bool, json_file: str | None, **options: Any) -> None:
     """Recompute some of a store's rows by the slow reference, and say in words what its numbers are worth.

@@ -17,12 +17,12 @@ from datastore import Datastore, DatastoreWriter, ShardKey, check_free_space
 from datastore.errors import DataError, SettingError
 from datastore.overlap import WriteBehind, read_ahead
 from less.data.batching import BatchBudget
-from less.data.rendering import RenderConfig, Renderer
+from less.data.rendering import RenderConfig
 from less.embeddings import EMBEDDINGS, embedding_features
-from less.models import context_length, load_base_model, load_tokenizer
+from less.loading import load_model
 from less.pool import entry_of, open_sources
 from less.progress import Progress
-from less.provenance import location_of, record_embedding_settings, record_environment
+from less.provenance import record_embedding_settings, record_environment
 from less.row_ranges import RowRange, compute_shards, render_range
 
 if TYPE_CHECKING:
@@ -100,11 +100,14 @@ def build_embeddings(
     """
     config = EmbeddingConfig(**settings)
     given = open_sources(data)
-    base = load_base_model(model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
-    loaded_tokenizer = load_tokenizer(
-        location_of(model) if tokenizer is None else tokenizer, trust_remote_code=config.trust_remote_code
+    base, renderer = load_model(
+        model,
+        tokenizer,
+        config.rendering,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
     )
-    renderer = Renderer(loaded_tokenizer, config.rendering, context_length=context_length(base.config))
     budget = BatchBudget.on(base.device, config.tokens_per_batch)
     width = base.get_input_embeddings().weight.shape[1]
     environment = record_environment(

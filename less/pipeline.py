@@ -30,7 +30,8 @@ from less.data.batching import BatchBudget
 from less.data.records import Source
 from less.data.rendering import RenderConfig, Renderer
 from less.features import FeatureSet, FeatureSetConfig, gradient_features, shared_direction
-from less.models import ParamLayout, context_length, load_base_model, load_tokenizer
+from less.loading import load_model
+from less.models import ParamLayout
 from less.moments import AdamState, load_adam_state
 from less.pool import entry_of, open_sources
 from less.prefilter import (
@@ -44,7 +45,7 @@ from less.prefilter import (
 )
 from less.progress import Progress
 from less.projection import ProjectionConfig, make_projector
-from less.provenance import constants_of, location_of, record_environment, record_settings
+from less.provenance import constants_of, record_environment, record_settings
 from less.row_ranges import RowRange, compute_shards, render_range, without_rows
 from less.scoring import ScoreConfig, load_target_sets
 
@@ -221,17 +222,20 @@ def build_datastore(
     check_prefilter(config.prefilter, targets)
     sources = open_sources(data)
     found = find_checkpoints(as_paths(checkpoints), config.checkpoint_weights)
-    base = load_base_model(model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
-    loaded_tokenizer = load_tokenizer(
-        location_of(model) if tokenizer is None else tokenizer, trust_remote_code=config.trust_remote_code
+    base, renderer = load_model(
+        model,
+        tokenizer,
+        config.rendering,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
     )
     job = _Job(
         config=config,
         sources=sources,
         checkpoints=found,
         base=base,
-        tokenizer=loaded_tokenizer,
-        renderer=Renderer(loaded_tokenizer, config.rendering, context_length=context_length(base.config)),
+        renderer=renderer,
         environment=record_environment(
             model=model, tokenizer=tokenizer, checkpoints=found, rendering=config.rendering, device=base.device
         ),
@@ -265,7 +269,6 @@ class _Job:
     sources: list[Source]
     checkpoints: list[Checkpoint]
     base: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     environment: dict[str, Any]
     progress: bool
@@ -314,7 +317,7 @@ class _Job:
             self.sources,
             target_sets,
             model=self.base,
-            tokenizer=self.tokenizer,
+            tokenizer=self.renderer.tokenizer,
             checkpoint=heaviest,
             config=ScoreConfig(tokens_per_batch=config.tokens_per_batch, strict=config.strict),
             progress=self.progress,

@@ -5,7 +5,7 @@ when the store was built, or not at all.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,16 @@ class Pool:
         """What the sources are, where they are all of one kind."""
         kinds = {source.kind for source in self.sources}
         return kinds.pop() if len(kinds) == 1 else "memory"
+
+    def iter_records(self, rows: RowTable) -> Iterator[Record]:
+        """The records of `rows`, which are in the pool's order, streamed."""
+        for number, source in enumerate(self.sources):
+            wanted = iter(rows.rows_N[rows.sources_N == number].tolist())
+            row = next(wanted, None)
+            for record in source.iter_records():
+                if record.number == row:
+                    yield record
+                    row = next(wanted, None)
 
     def take(self, rows: RowTable, positions: NDArray[np.int64]) -> list[Record]:
         """The records at these positions of `rows`, in this order; each source is read once."""

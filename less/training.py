@@ -38,9 +38,9 @@ from less.data.rendering import RenderConfig, Rendered, Renderer
 from less.data.writing import write_lines
 from less.gradients import token_losses
 from less.lm_head import find_unembedding
-from less.models import context_length, load_base_model, load_tokenizer, model_fingerprint
+from less.loading import load_model
+from less.models import model_fingerprint
 from less.progress import Progress
-from less.provenance import location_of
 
 if TYPE_CHECKING:
     import datasets
@@ -177,11 +177,14 @@ def warmup(
     config = WarmupConfig(**settings)
     run = Path(output)
     source = open_source(data)
-    base = load_base_model(model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
-    loaded_tokenizer = load_tokenizer(
-        location_of(model) if tokenizer is None else tokenizer, trust_remote_code=config.trust_remote_code
+    base, renderer = load_model(
+        model,
+        tokenizer,
+        config.rendering,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
     )
-    renderer = Renderer(loaded_tokenizer, config.rendering, context_length=context_length(base.config))
     recorded = _recorded_settings(config, source, base, renderer)
     record = _open_record(run, recorded)
     num_computed = 0

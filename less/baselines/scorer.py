@@ -102,8 +102,7 @@ class BaselineScorer:
     ) -> NDArray[np.float32]:
         assert self.pool is not None
         rows = self.store.rows(verify=self.config.verify)
-        records = self.pool.take(rows, np.arange(self.store.num_rows))
-        texts = (conversation_of(record.columns or {}).text for record in records)
+        texts = (conversation_of(record.columns or {}).text for record in self.pool.iter_records(rows))
         return bm25_scores(texts, [text for t in target_sets for text in t.text_of], subtask_M, num_subtasks)
 
     def _rds(

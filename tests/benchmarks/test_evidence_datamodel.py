@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-from datastore.errors import SettingError
 from less import score
 from less.adam import UPDATE_RULES
 from less.data import RenderConfig, Renderer
@@ -78,7 +77,7 @@ def test_models_are_kept_and_more_halves_are_added_to_them(bench, report, argume
     assert files[1].stat().st_mtime_ns == unchanged
     assert json.loads(files[0].read_text())["losses"] == before["losses"]
     assert len(list(models.glob("*.json"))) == 2 * 5
-    with pytest.raises(SettingError, match="begun with other learning_rate"):
+    with pytest.raises(SystemExit, match="begun with other learning_rate"):
         run(bench, arguments, "--learning-rate", 1)
 
 

@@ -189,7 +189,7 @@ def test_an_interrupted_run_goes_on_and_more_steps_are_added_to_it(bench, report
     assert (again["losses"], again["exact"]) == (before["losses"], before["exact"])
     run(bench, arguments, "--learning-rate", RATE, "--rows-long", 6)
     assert all("3" in json.loads(file.read_text())["losses"] for file in rows)
-    with pytest.raises(SettingError, match="begun with other learning rate"):
+    with pytest.raises(SystemExit, match="begun with other learning rate"):
         run(bench, arguments, "--learning-rate", 2 * RATE)
 
 
