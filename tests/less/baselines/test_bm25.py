@@ -74,13 +74,9 @@ WORDS = st.lists(st.sampled_from(["a", "b", "c", "dd", "é"]), max_size=6).map("
 def test_scores_are_the_formulas_on_any_texts(texts, targets, data):
     subtask_M = [0, *data.draw(st.lists(st.integers(0, 1), min_size=len(targets) - 1, max_size=len(targets) - 1))]
     num_subtasks = max(subtask_M) + 1
-    expected_NJ = scores_ref(texts, targets, subtask_M, num_subtasks) if any(map(words_of, texts)) else 0
-    np.testing.assert_allclose(
-        bm25_scores(texts, targets, subtask_M, num_subtasks),
-        expected_NJ * np.ones((len(texts), 1)),
-        rtol=1e-5,
-        atol=1e-7,
-    )
+    found_NJ = bm25_scores(texts, targets, subtask_M, num_subtasks)
+    expected_NJ = scores_ref(texts, targets, subtask_M, num_subtasks) if any(map(words_of, texts)) else 0 * found_NJ
+    np.testing.assert_allclose(found_NJ, expected_NJ, rtol=1e-5, atol=1e-7)
 
 
 @settings(deadline=None, max_examples=60)
