@@ -36,8 +36,10 @@ BOUNDS: dict[str, str] = {
 }
 """The values that can be required, and on which side of its bound each must lie."""
 
-_SOUND = {"float32": 1e-3, "bfloat16": 1e-1}  # as the speed benchmarks' gate
-_SOUND_FEATURES = {"float32": 1e-2, "bfloat16": 5e-1}  # `sign` makes much of a rounding where a gradient is near zero
+# What is right: of the worst row and of the one in the middle. In bfloat16 a logit of 20 is known to 0.06, and so the
+# probability of a reply of one token to some percent: on SmolLM2-135M right gradients of such rows differ by 0.2.
+_SOUND = {"float32": (1e-3, 1e-3), "bfloat16": (5e-1, 1e-1)}
+_SOUND_FEATURES = {"float32": (1e-2, 1e-2), "bfloat16": (5e-1, 5e-1)}  # `sign` makes much of a rounding near zero
 _MUCH = 0.5  # of a score's variance
 _NUM_NAMED = 3
 
@@ -208,14 +210,16 @@ class Certificate:
         sound, sound_features = _SOUND[self.dtype], _SOUND_FEATURES[self.dtype]
         yield f"gradients: {_judged(self.gradient, sound)} of their norm ({of}; median {self.gradient.median:.1e})"
         yield f"stored gradient norms: {_judged(self.stored_gradient_norm, sound)}"
-        yield f"update directions: {_judged(self.update, 1e-3)} of their norm, as the formula in float64 has them"
+        updates = _judged(self.update, _SOUND["float32"])
+        yield f"update directions: {updates} of their norm, as the formula in float64 has them"
         yield f"stored norms of update directions: {_judged(self.stored_update_norm, sound_features)}"
         kept = f"as {self.feature_dtype}, whose rounding is about 3e-04" if self.feature_dtype == "float16" else "whole"
         yield f"stored features: {_judged(self.stored_features, sound_features)}; they are kept {kept}"
         if self.dtype == "bfloat16":
             yield (
                 "bfloat16: one rounding changes a number by up to 3.9e-03 and a pass makes many, so two right "
-                f"gradients differ; up to {sound:g} is called right here, and {_SOUND['float32']:g} in float32"
+                "gradients differ, most where a reply is one token; here up to {:g} is called right, and {:g} of the "
+                "row in the middle".format(*sound)
             )
 
     def _ranks(self) -> Iterator[str]:
@@ -288,8 +292,8 @@ class Certificate:
             yield f"required: {name} {BOUNDS[name]} {bound:g}, got {self.values[name]:.3g}: {verdict}"
 
 
-def _judged(errors: Errors, sound: float) -> str:
-    if errors.worst <= sound:
+def _judged(errors: Errors, sound: tuple[float, float]) -> str:
+    if errors.worst <= sound[0] and errors.median <= sound[1]:
         return f"right to {errors.worst:.1e}"
     return f"WRONG by up to {errors.worst:.1e} ({errors.where})"
 
