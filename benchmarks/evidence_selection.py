@@ -6,8 +6,10 @@
 
 `prepare`: of FOLDER's `pool.jsonl` the first rows of at most `--max-tokens` tokens; `target_NAME.jsonl`, at most
 `--targets-a-subtask` of each subtask; `eval_NAME.jsonl`, its rows of at most `--max-tokens` tokens; a warm-up, a
-store with every update rule, and a store of embeddings. `run` is `less.evaluate` with the settings given; started
-twice, it shares the work, and what is finished is kept. `report` makes the page of what is there.
+store with every update rule, and a store of embeddings. BBH's targets reason before they answer, and its held-out rows
+are bare answers: as `bbh_answers` they show what comes of targets that do not look like what is wanted, and as `bbh`
+the same targets are measured on the exemplars that are left over. `run` is `less.evaluate` with the settings given;
+started twice, it shares the work, and what is finished is kept. `report` makes the page of what is there.
 
 What decides, said before the run: a method is better than random rows for a target at a budget where the 95% interval
 of its drop of the held-out loss, less that of random rows, is above 0.
@@ -80,14 +82,14 @@ def prepare(args: argparse.Namespace) -> None:
     if not (args.work / "pool.jsonl").exists():
         write(args.work / "pool.jsonl", short_rows(args.data / "pool.jsonl", renderer, args.max_tokens)[: args.rows])
     for name in args.targets:
-        if not (args.work / f"eval_{name}.jsonl").exists():
-            targets = short_rows(args.data / f"target_{name}.jsonl", renderer, 2 * args.max_tokens)
-            few = targets if name == "gsm8k" else few_of_each(targets, args.targets_a_subtask)
-            write(args.work / f"target_{name}.jsonl", few)
-            write(
-                args.work / f"eval_{name}.jsonl",
-                short_rows(args.data / f"eval_{name}.jsonl", renderer, args.max_tokens),
-            )
+        targets = short_rows(args.data / f"target_{name}.jsonl", renderer, 2 * args.max_tokens)
+        few = targets if name == "gsm8k" else few_of_each(targets, args.targets_a_subtask)
+        held_out = {name: short_rows(args.data / f"eval_{name}.jsonl", renderer, args.max_tokens)}
+        if name == "bbh":
+            held_out = {"bbh": [line for line in targets if line not in few], "bbh_answers": held_out[name]}
+        for own, rows in held_out.items():
+            write(args.work / f"target_{own}.jsonl", few)
+            write(args.work / f"eval_{own}.jsonl", rows)
     settings = {"model": args.model, "data": args.work / "pool.jsonl", "max_length": 2 * args.max_tokens}
     warmup(
         output=args.work / "run", lora_rank=args.lora_rank, epochs=args.epochs, batch_size=args.batch_size,
