@@ -25,7 +25,7 @@ def inspect_command(datastore: str, verify: bool, as_json: bool, quiet: bool, de
 
     store = Datastore.open(datastore)
     if verify:
-        from less.checksums import verify_files
+        from less.verification.checksums import verify_files
 
         verify_files(store, progress=not quiet)
     if as_json:

@@ -15,7 +15,7 @@ _WIDTH = 80
 
 
 class Bounds(click.ParamType):
-    """`name=bound,...` as a dict; which names there are is `less.certificate`'s business."""
+    """`name=bound,...` as a dict; which names there are is `less.verification.certificate`'s business."""
 
     name = "bounds"
 

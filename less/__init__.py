@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from less.certificate import Certificate
     from less.checkpoints import EvidenceWarning
     from less.embedding_store import EmbeddingConfig, build_embeddings
     from less.evaluation.experiment import EvaluateConfig, evaluate
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from less.ranking import Selection, select
     from less.scoring import ScoreConfig
     from less.training import WarmupConfig, WarmupResult, warmup
-    from less.verification import VerifyConfig, verify
+    from less.verification.audit import VerifyConfig, verify
+    from less.verification.certificate import Certificate
 
 __all__ = [
     "BuildConfig",
@@ -48,7 +48,7 @@ __all__ = [
 _HOME = {
     "BuildConfig": "pipeline",
     "BuildResult": "pipeline",
-    "Certificate": "certificate",
+    "Certificate": "verification.certificate",
     "EmbeddingConfig": "embedding_store",
     "EvaluateConfig": "evaluation.experiment",
     "Evaluation": "evaluation.summary",
@@ -56,7 +56,7 @@ _HOME = {
     "InfluenceScores": "influence",
     "ScoreConfig": "scoring",
     "Selection": "ranking",
-    "VerifyConfig": "verification",
+    "VerifyConfig": "verification.audit",
     "WarmupConfig": "training",
     "WarmupResult": "training",
     "build_datastore": "pipeline",
@@ -64,7 +64,7 @@ _HOME = {
     "evaluate": "evaluation.experiment",
     "score": "methods",
     "select": "ranking",
-    "verify": "verification",
+    "verify": "verification.audit",
     "warmup": "training",
 }
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from less.certificate import BOUNDS
+from less.verification.certificate import BOUNDS
 
 
 @pytest.fixture

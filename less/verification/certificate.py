@@ -1,7 +1,7 @@
-"""The certificate of a datastore: what `less.verification` found, in numbers, in words, and against bounds.
+"""The certificate of a datastore: what `less.verification.recompute` found, in numbers, in words, and against bounds.
 
 An error is relative: ‖found - exact‖ / ‖exact‖. Bounds are held against the worst of the errors, and against the point
-value of a statistic with an interval. How the numbers come about is `less.verification`'s business.
+value of a statistic with an interval. How the numbers come about is `less.verification.recompute`'s business.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from datastore.errors import SettingError
-from less.contamination import NearDuplicate
 from less.statistics import Interval
+from less.verification.contamination import NearDuplicate
 
 __all__ = ["BOUNDS", "Certificate", "Errors", "check_bounds"]
 

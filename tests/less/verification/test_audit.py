@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from datastore import Datastore, DatastoreWriter, ShardKey
 from datastore.errors import DamagedStoreError, DataError, ProvenanceError, SettingError
 from less import build_datastore, score, verify
-from less.certificate import BOUNDS
 from less.influence import influence_scores
+from less.verification.certificate import BOUNDS
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +151,7 @@ class TestTargets:
         assert not found.missed
 
     def test_without_a_direction_are_refused(self, store, tiny_targets, monkeypatch):
-        import less.verification as verification
+        import less.verification.recompute as verification
 
         real = verification.gradients_ref
 
@@ -213,7 +213,7 @@ class TestAnUnsoundStore:
             verify(datastore=folder, progress=False)
 
     def test_whose_fast_path_is_wrong_is_caught(self, store, monkeypatch):
-        import less.verification as verification
+        import less.verification.recompute as verification
 
         real = verification.per_sample_gradients
 
@@ -226,7 +226,7 @@ class TestAnUnsoundStore:
         assert found.gradient.median == pytest.approx(0.01, abs=1e-4)
 
     def test_whose_rows_have_no_or_no_finite_gradient_says_so(self, store, monkeypatch):
-        import less.verification as verification
+        import less.verification.recompute as verification
 
         real, seen = verification.gradients_ref, []
 
@@ -283,7 +283,7 @@ class TestTheAdapter:
 
 class TestVarianceExplained:
     def test_of_a_score_that_is_the_length_is_one(self, store, monkeypatch):
-        import less.verification as verification
+        import less.verification.audit as verification
 
         def lengths(opened, feature_set, queries_JK, weights, **options):
             scores_NJ = influence_scores(opened, feature_set, queries_JK, weights, **options)
@@ -298,7 +298,7 @@ class TestVarianceExplained:
         assert any(line.startswith("WARNING: length explains 1.00") for line in found.verdicts)
 
     def test_of_a_score_that_is_the_shared_direction_is_one(self, store, monkeypatch):
-        import less.verification as verification
+        import less.verification.audit as verification
 
         def directions(opened, feature_set, queries_JK, weights, **options):
             scores_NJ = influence_scores(opened, feature_set, queries_JK, weights, **options)

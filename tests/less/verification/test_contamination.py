@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from less.contamination import near_duplicates, near_duplicates_ref
 from less.data.records import open_source
+from less.verification.contamination import near_duplicates, near_duplicates_ref
 from less.words import words_of
 
 WORDS = [f"word{n}" for n in range(60)]
