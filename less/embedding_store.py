@@ -115,7 +115,12 @@ def build_embeddings(
     )
     asked: dict[str, Any] = {
         "settings": record_embedding_settings(
-            base=base, renderer=renderer, dtype=config.feature_dtype, tokens_per_batch=budget.max_tokens
+            base=base,
+            renderer=renderer,
+            feature_set=EMBEDDINGS,
+            checkpoint=BASE,
+            dtype=config.feature_dtype,
+            tokens_per_batch=budget.max_tokens,
         ),
         "feature_sets": [EMBEDDINGS],
         "checkpoints": [BASE],

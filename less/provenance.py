@@ -88,12 +88,19 @@ def record_settings(
 
 
 def record_embedding_settings(
-    *, base: PreTrainedModel, renderer: Renderer, dtype: str, tokens_per_batch: int
+    *,
+    base: PreTrainedModel,
+    renderer: Renderer,
+    feature_set: str,
+    checkpoint: str,
+    dtype: str,
+    tokens_per_batch: int,
 ) -> dict[str, Any]:
     """The settings of a store of embeddings, as JSON: those of a build, without what an adapter decides.
 
     Args:
         base, renderer: the model, and how rows become tokens.
+        feature_set, checkpoint: the names under which the embeddings stand.
         dtype: of the stored rows.
         tokens_per_batch: as in `record_settings`.
     """
@@ -107,10 +114,13 @@ def record_embedding_settings(
         },
         "rendering": renderer.provenance(),
         "checkpoints": {
-            "base": {"step": 0, "weight": 1.0, "adapter_sha256": None, "optimizer_sha256": None, "adam": None}
+            checkpoint: {"step": 0, "weight": 1.0, "adapter_sha256": None, "optimizer_sha256": None, "adam": None}
         },
         "feature_sets": {
-            "rds": {"embedding": {"pooling": "position-weighted mean", "layer": "final", "version": 1}, "dtype": dtype}
+            feature_set: {
+                "embedding": {"pooling": "position-weighted mean", "layer": "final", "version": 1},
+                "dtype": dtype,
+            }
         },
         "tokens_per_batch": tokens_per_batch,
         "prefilter": None,
