@@ -208,7 +208,7 @@ def page_of(found: dict[str, Any], stem: str) -> str:
                 "" if arm["method"] == "random" else interval(arm["over_random"]),
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+        lines += ["", *contrasts(part)]
         if part["quantiles"]:
             lines += ["| target | scores of | drop by part of the score's range, lowest first | trend (Spearman) |"]
             lines += ["| --- | --- | --- | --- |"]
@@ -217,6 +217,22 @@ def page_of(found: dict[str, Any], stem: str) -> str:
                 lines.append(f"| {test['target']} | {test['method']} | {drops} | {interval(test['trend'], 2)} |")
             lines.append("")
     return "\n".join(lines)
+
+
+def contrasts(part: dict[str, Any]) -> list[str]:
+    """How far each gradient method is ahead of every other, of the same held-out rows and seeds."""
+    others = part["settings"]["methods"]
+    lines = [
+        "How far gradients are ahead of each other method, of the same held-out rows with the same seeds:", "",
+        f"| target | budget | method | {' | '.join(f'over {name}' for name in others)} |",
+        f"| --- | --- | --- | {' | '.join('---' for _ in others)} |",
+    ]  # fmt: skip
+    for arm in part["arms"]:
+        if arm["method"].startswith("less"):
+            cells = [arm["target"], f"{arm['fraction']:.0%}", arm["method"]]
+            cells += [interval(arm["over"][name]) if name in arm["over"] else "" for name in others]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def interval(found: dict[str, float], digits: int = 3) -> str:

@@ -49,6 +49,8 @@ class ArmSummary:
     """Of the held-out loss, from the base model's, in nats per token."""
     over_random: Interval
     """Drop less that of random rows; of random rows 0."""
+    over: dict[str, Interval]
+    """By another method, drop less that method's, of the same held-out rows and seeds."""
     accuracy: float
     """Share of correct answers, mean over seeds; NaN where none was asked for."""
 
@@ -133,6 +135,11 @@ def summarize(
                 loss=float(np.mean([result.losses for _, result in own])),
                 drop=_interval(ours, num_resamples),
                 over_random=_interval(ours - random, num_resamples),
+                over={
+                    other[3]: _interval(ours - drops, num_resamples)
+                    for other, drops in drop_SE.items()
+                    if other[:3] == (target, fraction, match) and other[3] != method and other[4] is None
+                },
                 accuracy=float(np.mean(correct)) if correct else nan,
             )
         )
