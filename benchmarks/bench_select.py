@@ -39,7 +39,7 @@ import less.scoring
 from cli.main import gradsift
 from datastore import Datastore, DatastoreWriter, Shard, ShardKey, SourceEntry
 from less import build_datastore, warmup
-from less.influence import influence_scores
+from less.scan import influence_scores
 from less.selection import num_to_select, select_top
 
 FEATURE_SET, CHECKPOINT = "random", "checkpoint-1"
@@ -349,7 +349,7 @@ def staged(begin: float, command: list[str], report: str) -> None:
     with (
         patch.object(scorer, "__init__", in_stage(MODEL, scorer.__init__)),
         patch.object(scorer, "load_targets", in_stage(MODEL, scorer.load_targets)),
-        patch.object(scorer, "_target_features", in_stage(TARGETS, scorer._target_features, whole=list)),
+        patch.object(scorer, "target_features", in_stage(TARGETS, scorer.target_features, whole=list)),
         patch.object(less.scoring, "influence_scores", in_stage(SCAN, influence_scores)),
         patch.object(Datastore, "rows", in_stage(SCAN, Datastore.rows)),
         patch.object(less.ranking, "write_selected", in_stage(WRITING, less.ranking.write_selected)),

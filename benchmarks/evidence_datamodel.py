@@ -58,8 +58,9 @@ from less.checkpoints import EvidenceWarning
 from less.data import BatchBudget, RenderConfig, Renderer, RowProblem, collate, open_source, plan_batches
 from less.data.rendering import Rendered
 from less.gradients import token_losses
-from less.influence import influence_scores, subtask_queries
+from less.influence import subtask_queries
 from less.models import ParamLayout, context_length, load_base_model, load_tokenizer
+from less.scan import influence_scores
 from less.statistics import bootstrap
 
 BASELINES = ("random", "supervised tokens", "gradient norm")

@@ -58,11 +58,12 @@ from less.data import BatchBudget, RenderConfig, Renderer, collate, load_targets
 from less.data.rendering import Rendered
 from less.features import FeatureSet, FeatureSetConfig
 from less.gradients import per_sample_gradients, token_losses
-from less.influence import influence_scores, subtask_queries
+from less.influence import subtask_queries
 from less.models import ParamLayout, context_length, load_base_model, load_tokenizer, lora_parameters
 from less.moments import AdamState, load_adam_state, optimizer_file, read_optimizer
 from less.projection import Projector
 from less.provenance import check_checkpoints, check_model, check_template, recorded_projector
+from less.scan import influence_scores
 from less.statistics import Interval, bootstrap, pearson, spearman
 
 NORMALIZES = ("none", "cosine")

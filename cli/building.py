@@ -75,8 +75,8 @@ __all__ = ["build_datastore_command"]
     "--feature-dtype",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "float16", "float32"]),
-    help="Of stored rows; auto is float32 for projection none, else float16.",
+    type=click.Choice(["auto", "float32", "float16", "int8", "int4", "binary"]),
+    help="Of stored rows; auto is float32 for projection none, else int8.",
 )
 @rendering_options()
 @running_options

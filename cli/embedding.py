@@ -26,7 +26,7 @@ __all__ = ["build_embeddings_command"]
     "--feature-dtype",
     default="float16",
     show_default=True,
-    type=click.Choice(["float16", "float32"]),
+    type=click.Choice(["float32", "float16", "int8", "int4", "binary"]),
     help="Of stored rows.",
 )
 @rendering_options()

@@ -2,21 +2,22 @@
 
 Settings, feature sets, checkpoints and sources say it all: from them follow every row range and every file
 name. Settings are fixed for the store's life, and asking for others is refused field by field; sources can be
-added. What came of the build is left to `manifest`.
+added, and rows of them deleted (`deletion`). What came of the build is left to `manifest`.
 """
 
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from datastore.errors import DamagedStoreError, FormatVersionError, ProvenanceError, SettingError
 from datastore.files import canonical_json, from_json, write_atomic
-from datastore.shards import ShardKey
+from datastore.shards import DELETED, ShardKey, SkippedRow
 
 __all__ = ["BUILD", "FORMAT", "VERSION", "Build", "SourceEntry", "differences", "json_hash", "read_json", "write_json"]
 
@@ -43,7 +44,7 @@ class SourceEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """What a store is to hold. All but `environments` and `sources` is fixed for its life."""
+    """What a store is to hold. All but `environments`, `sources` and `deleted` is fixed for its life."""
 
     feature_sets: list[str]
     "Names, in order."
@@ -57,6 +58,8 @@ class Build:
     "Machines and versions that wrote to it; recorded, never compared."
     sources: list[SourceEntry]
     "The pool, in order; it can grow."
+    deleted: dict[str, list[int]] = field(default_factory=dict)
+    "By the number of a source, as text: rows that the store is no longer to hold, ascending. It can grow."
 
     def check(self) -> None:
         """Raise `SettingError` for names that make no file name, or numbers out of range."""
@@ -71,11 +74,22 @@ class Build:
         for source in self.sources:
             if source.num_rows < 1:
                 raise SettingError(f"source {source.name} must have rows, got {source.num_rows}")
+        num_rows = {str(number): source.num_rows for number, source in enumerate(self.sources)}
+        for number, rows in self.deleted.items():
+            if number not in num_rows:
+                raise SettingError(f"rows of source {number} cannot be deleted: there are {len(num_rows)} sources")
+            if not rows or rows != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= num_rows[number]:
+                last, got = num_rows[number] - 1, str(rows)[:200]
+                raise SettingError(f"deleted rows of source {number} must ascend, from 0 to {last}, got {got}")
 
     @property
     def settings_hash(self) -> str:
         """Hash of what is fixed; every shard carries it."""
-        return json_hash(self._fixed())
+        return json_hash(self.fixed())
+
+    def fixed(self) -> dict[str, Any]:
+        """What is fixed for the store's life."""
+        return {name: getattr(self, name) for name in ("feature_sets", "checkpoints", "shard_rows", "settings")}
 
     def row_ranges(self) -> Iterator[tuple[int, int, int]]:
         """(source, start, stop) of every range, in pool order."""
@@ -88,7 +102,35 @@ class Build:
         for checkpoint in self.checkpoints:
             for source, start, stop in self.row_ranges():
                 for name in self.feature_sets:
-                    yield ShardKey(feature_set=name, checkpoint=checkpoint, source=source, start=start, stop=stop)
+                    yield self.shard_key(name, checkpoint, source, start, stop)
+
+    def shard_key(self, feature_set: str, checkpoint: str, source: int, start: int, stop: int) -> ShardKey:
+        """The shard of a range, as rows have been deleted from it."""
+        return ShardKey(
+            feature_set=feature_set,
+            checkpoint=checkpoint,
+            source=source,
+            start=start,
+            stop=stop,
+            deleted=tuple(self._deleted(source, start, stop)),
+        )
+
+    def deleted_rows(self, source: int, start: int, stop: int) -> list[SkippedRow]:
+        """The entries of a range's deleted rows: nothing in them tells what the rows were."""
+        name = self.sources[source].name
+        return [
+            SkippedRow(row=row, where=f"{name}[{row}]", id="", reason=DELETED, detail="")
+            for row in self._deleted(source, start, stop)
+        ]
+
+    def with_deleted(self, rows: Mapping[int, Iterable[int]]) -> Self:
+        """A build without these rows either, by number of the source; `SettingError` for one that there is not."""
+        deleted = {number: set(known) for number, known in self.deleted.items()}
+        for source, more in rows.items():
+            deleted.setdefault(str(source), set()).update(more)
+        build = replace(self, deleted={number: sorted(rows) for number, rows in sorted(deleted.items()) if rows})
+        build.check()
+        return build
 
     def direction_keys(self) -> Iterator[tuple[str, str]]:
         """(feature set, checkpoint) of every momentum direction."""
@@ -96,7 +138,7 @@ class Build:
 
     def check_same_settings(self, asked: "Build", folder: Path) -> None:
         """Raise `ProvenanceError` naming every field that `asked` has otherwise."""
-        if different := differences(self._fixed(), asked._fixed(), "the store"):
+        if different := differences(self.fixed(), asked.fixed(), "the store"):
             raise ProvenanceError(
                 f"the datastore {folder} was built with other settings: {'; '.join(different)}. "
                 "Rerun with the store's settings, or choose another --datastore folder."
@@ -122,7 +164,8 @@ class Build:
 
     def to_json(self) -> dict[str, Any]:
         """All of it, with the name and version of the format."""
-        return {"format": FORMAT, "version": VERSION} | asdict(self)
+        doc = {"format": FORMAT, "version": VERSION} | asdict(self)
+        return doc if self.deleted else {name: value for name, value in doc.items() if name != "deleted"}
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -144,8 +187,9 @@ class Build:
         build.check()
         return build
 
-    def _fixed(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("feature_sets", "checkpoints", "shard_rows", "settings")}
+    def _deleted(self, source: int, start: int, stop: int) -> list[int]:
+        rows = self.deleted.get(str(source), [])
+        return rows[bisect_left(rows, start) : bisect_left(rows, stop)]
 
 
 def json_hash(value: object) -> str:
@@ -171,11 +215,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return doc
 
 
-def differences(ours: object, theirs: object, place: str) -> list[str]:
+def differences(ours: object, theirs: object, place: str, other: str = "this command") -> list[str]:
     """A line for every leaf of `ours`, found in `place`, that `theirs`, asked for now, has otherwise."""
-    return [
-        f"{name} is {_show(a)} in {place} and {_show(b)} in this command" for name, a, b in _differences(ours, theirs)
-    ]
+    return [f"{name} is {_show(a)} in {place} and {_show(b)} in {other}" for name, a, b in _differences(ours, theirs)]
 
 
 _ABSENT = object()

@@ -16,7 +16,7 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -40,12 +40,13 @@ __all__ = [
     "open_tensors",
     "read_through",
     "remove_temporary_files",
+    "sync_folder",
     "write_atomic",
     "write_tensors",
 ]
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors refuses to read a longer one
-_CODES = {"<i8": "I64", "<u8": "U64", "<i4": "I32", "<f4": "F32", "<f2": "F16", "|u1": "U8"}
+_CODES = {"<i8": "I64", "<u8": "U64", "<i4": "I32", "<f4": "F32", "<f2": "F16", "|u1": "U8", "|i1": "I8"}
 _DTYPES = {code: np.dtype(name) for name, code in _CODES.items()}
 
 
@@ -103,13 +104,17 @@ def canonical_json(value: object) -> str:
 
 
 def from_json(kind: Any, value: Any) -> Any:
-    """A value parsed from JSON as the dataclass or type `kind`; `ValueError` unless it is exactly that."""
+    """A value parsed from JSON as the dataclass or type `kind`; `ValueError` unless it is exactly that.
+
+    A field with a default may be absent.
+    """
     origin, args = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind) and type(value) is dict:
         kinds = {item.name: item.type for item in fields(kind)}
-        if value.keys() != kinds.keys():
+        needed = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
+        if not needed <= value.keys() <= kinds.keys():
             raise ValueError(f"expected the fields {sorted(kinds)}, found {sorted(value)}")
-        return kind(**{name: from_json(kinds[name], value[name]) for name in kinds})
+        return kind(**{name: from_json(kinds[name], value[name]) for name in value})
     if origin is list and type(value) is list:
         if set(map(type, value)) <= {args[0]}:  # at once: a store has a label for each row
             return value
@@ -139,7 +144,7 @@ def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> FileEntry:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -180,11 +185,12 @@ def make_folder(folder: Path) -> None:
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)  # a rename lasts through a power cut once its folder is synced
+def sync_folder(folder: Path) -> None:
+    """Make what was renamed into a folder, or removed from it, outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

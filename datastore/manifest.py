@@ -8,12 +8,13 @@ When it is written is left to `writer`, and reading what it lists to `store`.
 import itertools
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from datastore.build import Build, json_hash, read_json, write_json
 from datastore.files import FileEntry, damaged
-from datastore.shards import SkippedRow, direction_path
+from datastore.shards import DELETED, SkippedRow, direction_path
 
 __all__ = ["MANIFEST", "FeatureEntry", "Manifest", "RowRange", "ShardEntry"]
 
@@ -46,7 +47,7 @@ class FeatureEntry:
     proj_dim: int
     "K, the length of a row."
     dtype: str
-    '"float16" or "float32".'
+    "One of `datastore.coding.FEATURE_DTYPES`."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +83,17 @@ class Manifest(Build):
         """Every file by its path."""
         return {**self.shards, **self.directions}
 
+    @cached_property
+    def sha256(self) -> str:
+        """What `manifest.json` says of itself: another store, or the same one later, has another."""
+        return str(self.to_json()["sha256"])
+
     def is_part_of(self, build: Build) -> bool:
-        """Whether `build` has these settings, and these sources before any other."""
+        """Whether `build` has these settings, these sources before any other, and has deleted these rows too."""
         known = build.sources[: len(self.sources)]
-        return (self.settings_hash, self.sources) == (build.settings_hash, known)
+        if (self.settings_hash, self.sources) != (build.settings_hash, known):
+            return False
+        return all({*rows} <= {*build.deleted.get(number, [])} for number, rows in self.deleted.items())
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -138,6 +146,11 @@ class Manifest(Build):
             numbers = [row.row for row in rows.skipped]
             if numbers != sorted(set(numbers)) or any(not rows.start <= n < rows.stop for n in numbers):
                 raise ValueError(f"its skipped rows {numbers} are not in {rows.start} to {rows.stop} in order")
+            deleted = [row for row in rows.skipped if row.reason == DELETED]
+            if deleted != self.deleted_rows(rows.source, rows.start, rows.stop):
+                raise ValueError(
+                    f"the rows from {rows.start} to {rows.stop} skipped as deleted are not the deleted ones"
+                )
         for what, names, needed in (
             ("features", {*self.features}, {*self.feature_sets}),
             ("shards", {*self.shards}, {key.path for key in self.shard_keys()}),

@@ -5,26 +5,34 @@ fixes its bytes; the same shard always has the same. How bytes reach the disk is
 a store needs to `manifest`, and when they are made to `store`.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from datastore.files import FileEntry, damaged, from_json, open_tensors, write_tensors
+from datastore.coding import CodedRows, Features
+from datastore.files import FileEntry, canonical_json, damaged, from_json, open_tensors, write_tensors
 
 __all__ = [
+    "DELETED",
     "Shard",
     "ShardKey",
     "SkippedRow",
     "direction_path",
+    "drop_rows",
     "open_direction",
     "open_shard",
+    "take_rows",
     "write_direction",
     "write_shard",
 ]
+
+DELETED = "deleted"
+"""Why a row that was deleted from the store is skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +65,27 @@ class ShardKey:
     "First row of the range."
     stop: int
     "One past its last row."
+    deleted: tuple[int, ...] = ()
+    "Rows of the range that are deleted, ascending."
+
+    @property
+    def edition(self) -> str:
+        """8 hexadecimal digits that follow from the deleted rows; empty for a range that has all its rows."""
+        if not self.deleted:
+            return ""
+        return hashlib.sha256(canonical_json(self.deleted).encode()).hexdigest()[:8]
 
     @property
     def path(self) -> str:
-        """The shard's file, relative to the store's folder."""
-        name = f"s{self.source:04d}-{self.start:010d}-{self.stop:010d}.safetensors"
+        """The shard's file, relative to the store's folder: another one after each deletion."""
+        edition = f"-{self.edition}" if self.deleted else ""
+        name = f"s{self.source:04d}-{self.start:010d}-{self.stop:010d}{edition}.safetensors"
         return f"shards/{self.feature_set}/{self.checkpoint}/{name}"
+
+    def to_json(self) -> dict[str, Any]:
+        """What the shard's file says of itself."""
+        fields = {name: value for name, value in vars(self).items() if name != "deleted"}
+        return fields | ({"edition": self.edition} if self.deleted else {})
 
 
 def direction_path(feature_set: str, checkpoint: str) -> str:
@@ -80,8 +103,8 @@ class Shard:
     "Their labels."
     digests_N: npt.NDArray[np.uint64]
     "A hash of each row's content: equal for exact duplicates."
-    features_NK: npt.NDArray[np.float16] | npt.NDArray[np.float32]
-    "Unit rows, float16 or float32."
+    features_NK: Features
+    "Unit rows: float16, float32, or coded in fewer bits."
     norms_N: npt.NDArray[np.float32]
     "Norm of the projected vector before it was made a unit row."
     grad_norms_N: npt.NDArray[np.float32]
@@ -106,32 +129,39 @@ class Shard:
 class _Metadata:
     """What a shard's header says beside the tensors."""
 
-    key: ShardKey
+    key: dict[str, Any]
     settings_hash: str
     ids: list[str]
     skipped: list[SkippedRow]
     notes: dict[str, Any]
 
 
-_LAYOUT = {  # tensors in the order of the file: each starts at a multiple of its item size
+_BEFORE = {  # tensors in the order of the file: each starts at a multiple of its item size
     "rows_N": "<i8", "digests_N": "<u8",
     "norms_N": "<f4", "grad_norms_N": "<f4", "update_norms_N": "<f4", "losses_N": "<f4",
     "num_tokens_N": "<i4", "num_supervised_N": "<i4",
-    "features_NK": "<f4", "truncated_N": "|u1",
 }  # fmt: skip
+_FEATURES = {  # between those and `truncated_N`: one of these
+    "float32": {"features_NK": "<f4"},
+    "float16": {"features_NK": "<f2"},
+    "int8": {"scales_N": "<f4", "int8_NK": "|i1"},
+    "int4": {"scales_N": "<f4", "int4_NX": "|u1"},
+    "binary": {"scales_N": "<f4", "binary_NX": "|u1"},
+}
+_NUMBERS = [*_BEFORE, "truncated_N"]
 
 
 def write_shard(folder: Path, key: ShardKey, settings_hash: str, shard: Shard) -> FileEntry:
     """Write a shard whole or not at all; `ValueError` for one that does not fit its key."""
-    tensors = {
-        name: getattr(shard, name).astype("|u1") if name == "truncated_N" else getattr(shard, name) for name in _LAYOUT
-    }
+    tensors = _to_tensors(shard)
     problem = _misfit(key, tensors, shard.ids, shard.skipped)
     if not problem and not all(np.isfinite(tensor).all() for tensor in tensors.values()):
         problem = "it has values that are not finite"
     if problem:
         raise ValueError(f"shard {key.path}: {problem}")
-    metadata = _Metadata(key=key, settings_hash=settings_hash, ids=shard.ids, skipped=shard.skipped, notes=shard.notes)
+    metadata = _Metadata(
+        key=key.to_json(), settings_hash=settings_hash, ids=shard.ids, skipped=shard.skipped, notes=shard.notes
+    )
     return write_tensors(folder / key.path, asdict(metadata), tensors)
 
 
@@ -146,18 +176,36 @@ def open_shard(folder: Path, key: ShardKey, settings_hash: str, sha256: str | No
         metadata: _Metadata = from_json(_Metadata, found)
         if metadata.settings_hash != settings_hash:
             raise ValueError(f"it was made with other settings ({metadata.settings_hash}, not {settings_hash})")
-        if metadata.key != key:
-            raise ValueError(f"it holds {metadata.key}, expected {key}")
+        if (holds := canonical_json(metadata.key)) != (expected := canonical_json(key.to_json())):
+            raise ValueError(f"it holds {holds}, expected {expected}")
         if problem := _misfit(key, tensors, metadata.ids, metadata.skipped):
             raise ValueError(problem)
     except (ValueError, RecursionError) as error:
         raise damaged({path: str(error)}) from None
+    numbers = {name: tensors[name] for name in _NUMBERS} | {"truncated_N": tensors["truncated_N"].astype(bool)}
     return Shard(
-        **{**tensors, "truncated_N": tensors["truncated_N"].astype(bool)},
+        **numbers,
+        features_NK=_features(tensors),
         ids=metadata.ids,
         skipped=metadata.skipped,
         notes=metadata.notes,
     )
+
+
+def take_rows(shard: Shard, keep_N: npt.NDArray[np.bool_]) -> Shard:
+    """Some of a shard's N rows; its list of skipped rows stays as it is."""
+    arrays: dict[str, Any] = {
+        name: value[keep_N] for name, value in vars(shard).items() if isinstance(value, (np.ndarray, CodedRows))
+    }
+    return replace(shard, **arrays, ids=[label for label, keep in zip(shard.ids, keep_N, strict=True) if keep])
+
+
+def drop_rows(shard: Shard, dropped: Sequence[SkippedRow]) -> Shard:
+    """A shard without the rows that are named in `dropped`, which are skipped now for that reason alone."""
+    numbers = {row.row for row in dropped}
+    others = [row for row in shard.skipped if row.row not in numbers]
+    kept = take_rows(shard, ~np.isin(shard.rows_N, list(numbers)))
+    return replace(kept, skipped=sorted([*others, *dropped], key=lambda row: row.row))
 
 
 def write_direction(
@@ -188,22 +236,54 @@ def open_direction(
     return tensors["direction_K"]
 
 
+def _to_tensors(shard: Shard) -> dict[str, npt.NDArray[Any]]:
+    """A shard's arrays by the names that they have in the file, in its order."""
+    features_NK = shard.features_NK
+    if isinstance(features_NK, CodedRows):
+        stored: dict[str, Any] = dict(
+            zip(_FEATURES[features_NK.dtype], (features_NK.scales_N, features_NK.codes_NX), strict=True)
+        )
+    else:
+        stored = {"features_NK": features_NK}
+    tensors = {name: getattr(shard, name) for name in _BEFORE} | stored
+    return tensors | {"truncated_N": shard.truncated_N.astype("|u1")}
+
+
+def _features(tensors: Mapping[str, npt.NDArray[Any]]) -> Features:
+    """The stored rows among a file's tensors."""
+    for dtype, names in _FEATURES.items():
+        if "scales_N" in names and tensors.keys() >= names.keys():
+            scales_N, codes_NX = (tensors[name] for name in names)
+            return CodedRows(dtype=dtype, codes_NX=codes_NX, scales_N=scales_N)
+    return tensors["features_NK"]
+
+
+def _layout(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
+    """The names and dtypes that a shard with such features has, in order."""
+    for stored in _FEATURES.values():
+        if all(name in tensors and tensors[name].dtype.str == dtype for name, dtype in stored.items()):
+            return {**_BEFORE, **stored, "truncated_N": "|u1"}
+    return {**_BEFORE, "features_NK": "<f2 or <f4", "truncated_N": "|u1"}
+
+
 def _misfit(
     key: ShardKey, tensors: Mapping[str, npt.NDArray[Any]], ids: Sequence[str], skipped: Sequence[SkippedRow]
 ) -> str | None:
     """What keeps these from being the shard `key`, or None."""
-    if tensors.keys() != _LAYOUT.keys():
-        return f"it holds the tensors {sorted(tensors)}, expected {sorted(_LAYOUT)}"
-    N, K = len(ids), max(tensors["features_NK"].shape[1:], default=0)
-    for name, dtype in _LAYOUT.items():
+    layout = _layout(tensors)
+    if tensors.keys() != layout.keys():
+        return f"it holds the tensors {sorted(tensors)}, expected {sorted(layout)}"
+    N = len(ids)
+    for name, dtype in layout.items():
         tensor = tensors[name]
-        dtypes, shape = ((dtype,), (N,)) if name != "features_NK" else (("<f2", "<f4"), (N, max(K, 1)))
-        if tensor.dtype.str not in dtypes or tensor.shape != shape:
-            found = f"{tensor.dtype.str} {list(tensor.shape)}"
-            return f"{name} is {found}, expected {' or '.join(dtypes)} {list(shape)}"
+        shape = (N,) if name.endswith("_N") else (N, max([1, *tensor.shape[1:2]]))
+        if tensor.dtype.str != dtype or tensor.shape != shape:
+            return f"{name} is {tensor.dtype.str} {list(tensor.shape)}, expected {dtype} {list(shape)}"
     rows, skipped_rows = tensors["rows_N"].tolist(), [row.row for row in skipped]
     if rows != sorted(rows) or skipped_rows != sorted(skipped_rows):
         return "its rows are not in order"
     if N + len(skipped) != key.stop - key.start or {*rows, *skipped_rows} != {*range(key.start, key.stop)}:
         return f"its rows and skipped rows are not just those from {key.start} to {key.stop}"
+    if (deleted := tuple(row.row for row in skipped if row.reason == DELETED)) != key.deleted:
+        return f"it lists the rows {deleted} as deleted, expected {key.deleted}"
     return None

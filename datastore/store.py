@@ -9,7 +9,9 @@ Scores are left to `less.influence`, neighbours to `search`.
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from datastore.build import BUILD, SourceEntry
-from datastore.errors import SettingError, StoreError
+from datastore.coding import Features
+from datastore.errors import DamagedStoreError, SettingError, StoreError
 from datastore.files import FileEntry, damaged, hash_file, read_through
 from datastore.manifest import MANIFEST, Manifest, RowRange
 from datastore.overlap import read_ahead
@@ -40,7 +43,7 @@ class Block:
 
     start: int
     "Position of the first row."
-    features_nK: npt.NDArray[np.float16] | npt.NDArray[np.float32]
+    features_nK: Features
     "Unit rows, as stored: a view of the file unless rows had to be dropped."
     norms_n: npt.NDArray[np.float32]
     "Their norms before they were made unit rows."
@@ -117,8 +120,17 @@ class Datastore:
             ) from None
         problems = {folder / path: store._size_problem(path, entry) for path, entry in store._files()}
         if found := {path: problem for path, problem in problems.items() if problem}:
+            if store.has_changed():
+                return cls.open(path)  # rows were deleted between the manifest and its files
             raise damaged(found)
         return store
+
+    def has_changed(self) -> bool:
+        """Whether the folder has another manifest now: rows were added or deleted since it was opened."""
+        try:
+            return Manifest.load(self.path).sha256 != self.manifest.sha256
+        except (OSError, StoreError):
+            return False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -172,10 +184,33 @@ class Datastore:
 
         Raises `SettingError` for a name the store does not have, `DamagedStoreError`.
         """
-        for start, _, shard, keep in self._iter_kept(feature_set, checkpoint, verify, whole=True):
-            block = Block(start=start, features_nK=shard.features_NK[keep], norms_n=shard.norms_N[keep])
-            if block.stop > start:
-                yield block
+        return (block for (block,) in self.iter_aligned(feature_set, [checkpoint], verify=verify))
+
+    def iter_aligned(
+        self, feature_set: str, checkpoints: Sequence[str], *, first: int = 0, verify: bool = True
+    ) -> Iterator[tuple[Block, ...]]:
+        """`iter_blocks` of several checkpoints at once: for each range of the pool its block at each of them.
+
+        Begins with the range that holds the position `first`.
+        """
+        for checkpoint in checkpoints:
+            self._check_names(feature_set, checkpoint)
+        starts = np.cumsum([0, *(rows.num_scored for rows in self.manifest.ranges)]).tolist()
+        ranges = [
+            (start, rows)
+            for start, rows in zip(starts, self.manifest.ranges, strict=False)
+            if rows.num_scored and start + rows.num_scored > first
+        ]
+
+        def open_block(item: tuple[int, RowRange, str]) -> Block:
+            start, rows, checkpoint = item
+            shard, keep = self._open_kept(feature_set, checkpoint, rows, verify, whole=True)
+            return Block(start=start, features_nK=shard.features_NK[keep], norms_n=shard.norms_N[keep])
+
+        wanted = ((start, rows, checkpoint) for start, rows in ranges for checkpoint in checkpoints)
+        blocks = read_ahead(open_block, wanted, threads=NUM_READERS)
+        while group := tuple(islice(blocks, len(checkpoints))):
+            yield group
 
     def rows(self, feature_set: str | None = None, *, verify: bool = True) -> RowTable:
         """Keys, labels and lengths of every position: the same in every feature set.
@@ -199,7 +234,8 @@ class Datastore:
         """Π Γ(0) of a checkpoint, (K,): what all its rows share."""
         self._check_names(feature_set, checkpoint)
         sha256 = self.manifest.directions[direction_path(feature_set, checkpoint)].sha256
-        return open_direction(self.path, feature_set, checkpoint, self._settings_hash, sha256)
+        with self._unless_changed():
+            return open_direction(self.path, feature_set, checkpoint, self._settings_hash, sha256)
 
     def iter_verify(self) -> Iterator[tuple[str, int, str | None]]:
         """(path, bytes, what is wrong or None) of every file, each as soon as its checksum is computed."""
@@ -230,22 +266,36 @@ class Datastore:
         return None
 
     def shard(self, key: ShardKey, *, verify: bool = True) -> Shard:
-        """One shard as it was written, with rows that have no position; `KeyError`, `DamagedStoreError`."""
+        """One shard as it was written, with rows that have no position.
+
+        Raises `KeyError`, `DamagedStoreError`, or `StoreError` where rows were deleted since the store was opened.
+        """
         entry = self.manifest.shards[key.path]
         check = verify and key.path not in self._verified
-        shard = open_shard(self.path, key, self._settings_hash, entry.sha256 if check else None)
+        with self._unless_changed():
+            shard = open_shard(self.path, key, self._settings_hash, entry.sha256 if check else None)
         if check:
             self._verified.add(key.path)
         return shard
 
+    @contextmanager
+    def _unless_changed(self) -> Iterator[None]:
+        """A file that is missing is no damage where the store has another manifest by now."""
+        try:
+            yield
+        except DamagedStoreError as error:
+            if self.has_changed():
+                raise StoreError(f"the datastore {self.path} has changed since it was opened; open it again") from error
+            raise
+
     def _iter_kept(
-        self, feature_set: str, checkpoint: str, verify: bool, *, whole: bool = False
+        self, feature_set: str, checkpoint: str, verify: bool
     ) -> Iterator[tuple[int, RowRange, Shard, Keep]]:
         """(position of the first row, range, shard, which of its rows have a position) of every shard."""
         self._check_names(feature_set, checkpoint)
 
         def open_range(rows: RowRange) -> tuple[RowRange, Shard, Keep]:
-            return rows, *self._open_kept(feature_set, checkpoint, rows, verify, whole)
+            return rows, *self._open_kept(feature_set, checkpoint, rows, verify)
 
         start = 0
         for rows, shard, keep in read_ahead(open_range, self.manifest.ranges, threads=NUM_READERS):
@@ -253,20 +303,15 @@ class Datastore:
             start += rows.num_scored
 
     def _open_kept(
-        self, feature_set: str, checkpoint: str, rows: RowRange, verify: bool, whole: bool
+        self, feature_set: str, checkpoint: str, rows: RowRange, verify: bool, *, whole: bool = False
     ) -> tuple[Shard, Keep]:
         """One shard, and which of its rows have a position; `whole`: its features are brought into memory."""
-        key = ShardKey(
-            feature_set=feature_set,
-            checkpoint=checkpoint,
-            source=rows.source,
-            start=rows.start,
-            stop=rows.stop,
-        )
+        key = self.manifest.shard_key(feature_set, checkpoint, rows.source, rows.start, rows.stop)
         in_memory = verify and key.path not in self._verified  # the checksum has read it all
         shard = self.shard(key, verify=verify)
         if whole and not in_memory:
-            read_through(self.path / key.path)
+            with suppress(FileNotFoundError):  # the map stays good when rows are deleted and the file goes
+                read_through(self.path / key.path)
         keep = ~np.isin(shard.rows_N, [row.row for row in rows.skipped])
         shape = (int(np.count_nonzero(keep)), shard.features_NK.shape[1])
         if shape != (expected := (rows.num_scored, self.proj_dim(feature_set))):

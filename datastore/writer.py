@@ -2,13 +2,17 @@
 
 A build can be killed at any time. What has its final name is whole, so a rerun computes only what is missing;
 a sealed store stays readable while rows are added to it, until the new manifest takes the old one's place.
+Likewise a deletion: `build.json` says first which rows are to go, so that whoever opens the store for writing next
+goes on with it; shards without them are written beside the old ones; the manifest changes from these to those; then
+what the rows were in is removed.
 
 What is computed, and in what order, is left to the caller.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,8 +20,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from datastore.beside import EMBEDDINGS, beside, remove_made_from, remove_store
 from datastore.build import BUILD, Build, SourceEntry
-from datastore.errors import StoreError
+from datastore.errors import DamagedStoreError, StoreError
 from datastore.files import (
     FileEntry,
     canonical_json,
@@ -27,6 +32,7 @@ from datastore.files import (
     lock_folder,
     make_folder,
     remove_temporary_files,
+    sync_folder,
 )
 from datastore.manifest import MANIFEST, FeatureEntry, Manifest, RowRange, ShardEntry
 from datastore.shards import (
@@ -34,13 +40,16 @@ from datastore.shards import (
     ShardKey,
     SkippedRow,
     direction_path,
+    drop_rows,
     open_direction,
     open_shard,
     write_direction,
     write_shard,
 )
 
-__all__ = ["DatastoreWriter"]
+__all__ = ["DatastoreWriter", "iter_stale_shards"]
+
+_SHARD = re.compile(r"s\d{4,}-\d{10,}-\d{10,}(-[0-9a-f]{8})?\.safetensors")
 
 
 class DatastoreWriter:
@@ -109,10 +118,29 @@ class DatastoreWriter:
                 asked.write(folder)
             build = Build.load(folder)
             build.check_same_settings(asked, folder)
-            return cls(folder, build, environment, lock)
+            writer = cls(folder, build, environment, lock)
+            writer._write_editions()
+            writer._remove_stale_shards()
         except BaseException:
             os.close(lock)
             raise
+        return writer
+
+    @classmethod
+    def reopen(cls, path: str | os.PathLike[str]) -> Self:
+        """Open a store that is there, with its own settings. Raises as `open`, and `StoreError` where there is none."""
+        folder = Path(path).absolute()
+        if not (folder / BUILD).is_file():
+            raise StoreError(f"no datastore at {folder}: expected a folder with {BUILD}")
+        known = Build.load(folder)
+        return cls.open(
+            folder,
+            settings=known.settings,
+            environment=known.environments[-1] if known.environments else {},
+            feature_sets=known.feature_sets,
+            checkpoints=known.checkpoints,
+            shard_rows=known.shard_rows,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -146,10 +174,35 @@ class DatastoreWriter:
             self.build = build
         return numbers
 
+    def add_environments(self, environments: Sequence[Mapping[str, Any]]) -> None:
+        """Record machines and versions that made what is about to be copied in."""
+        known = list(self.build.environments)
+        for environment in map(_plain, environments):
+            if environment not in known:
+                known.append(environment)
+        if known != self.build.environments:
+            self.build = replace(self.build, environments=known)
+            self.build.write(self.path)
+
+    def delete(
+        self, rows: Mapping[int, Collection[int]], advance: Callable[[int], None] = lambda num_shards: None
+    ) -> None:
+        """Delete rows, by number of their source: for good once this returns, from the shards once `seal` does.
+
+        Shards that hold them are written anew without them, and `advance` is told of each. Raises `SettingError` for
+        a row that there is not, `DiskFullError`.
+        """
+        build = self.build.with_deleted(rows)
+        if build != self.build:
+            build.write(self.path)
+            self.build = build
+        self._write_editions(advance)
+
     @property
     def is_sealed(self) -> bool:
         """Whether the manifest covers every source; with nothing missing there is nothing to do."""
-        return self._sealed is not None and self._sealed.sources == self.build.sources
+        sealed, build = self._sealed, self.build
+        return sealed is not None and (sealed.sources, sealed.deleted) == (build.sources, build.deleted)
 
     def has_shard(self, key: ShardKey) -> bool:
         """Whether the shard is done; `DamagedStoreError` for a file that is not what its name says."""
@@ -179,9 +232,10 @@ class DatastoreWriter:
         )
 
     def seal(self) -> Manifest:
-        """Write the manifest: from here on the store can be read. It changes nothing if nothing was added.
+        """Write the manifest: from here on the store can be read. It changes nothing if nothing was added or deleted.
 
-        Raises `StoreError` if a shard or a momentum direction is missing.
+        Raises `StoreError` if a shard or a momentum direction is missing, or what lies beside the store and is made
+        from rows that are deleted cannot be removed.
         """
         missing = [key.path for key in self.missing_shards()]
         if missing := missing + [direction_path(*key) for key in self.missing_directions()]:
@@ -225,9 +279,62 @@ class DatastoreWriter:
             ],
         )
         if manifest != self._sealed:
+            known = self._sealed.deleted if self._sealed else {}
             manifest.write(self.path)
             self._sealed = manifest
+            self._remove_stale_shards(rows_have_gone=manifest.deleted != known)
         return manifest
+
+    def _write_editions(self, advance: Callable[[int], None] = lambda num_shards: None) -> None:
+        """Write the shards of ranges that rows are deleted from, out of those that the manifest lists.
+
+        What is damaged there is left to be computed anew, without the deleted rows.
+        """
+        sealed = self._sealed
+        if sealed is None or sealed.deleted == self.build.deleted:
+            return
+        for old in sealed.shard_keys():
+            new = self.build.shard_key(old.feature_set, old.checkpoint, old.source, old.start, old.stop)
+            if new == old:
+                continue
+            if not (self.path / new.path).exists():
+                try:
+                    shard = open_shard(self.path, old, self._settings_hash, sealed.shards[old.path].sha256)
+                except DamagedStoreError:
+                    continue
+                shard = drop_rows(shard, self.build.deleted_rows(new.source, new.start, new.stop))
+                self._written[new.path] = write_shard(self.path, new, self._settings_hash, shard)
+            advance(1)
+
+    def _remove_stale_shards(self, *, rows_have_gone: bool = False) -> None:
+        """Remove shards that neither the manifest nor the build has, after what was made from rows in them.
+
+        In this order: as long as there are such shards, a writer that was killed here is known to have left its work.
+        """
+        stale = list(iter_stale_shards(self.path, self.build, self._sealed))
+        if rows_have_gone or (stale and self.build.deleted):
+            remove_made_from(self.path)
+            self._delete_from_embeddings()
+        with disk_errors(self.path):
+            for file in stale:
+                file.unlink()
+            for folder in {file.parent for file in stale}:
+                sync_folder(folder)
+
+    def _delete_from_embeddings(self) -> None:
+        """Delete from the embeddings beside the store what is deleted from it; remove them if they are unfinished."""
+        folder = beside(self.path, EMBEDDINGS)
+        if not (folder / BUILD).is_file():
+            return
+        deleted = {source.sha256: self.build.deleted.get(str(n), []) for n, source in enumerate(self.build.sources)}
+        with type(self).reopen(folder) as writer:
+            known = writer.build.sources
+            writer.delete({number: deleted.get(source.sha256, []) for number, source in enumerate(known)})
+            is_whole = not (writer.missing_shards() or writer.missing_directions())
+            if is_whole:
+                writer.seal()
+        if not is_whole:
+            remove_store(folder)
 
     def _entry(self, path: str) -> FileEntry:
         """Checksum and size. A file is hashed as it is written; read for it only if that run was killed."""
@@ -242,9 +349,17 @@ class DatastoreWriter:
             raise damaged({self.path / path: f"it has {found}, expected {expected}"})
 
     def _record_environment(self) -> None:
-        if self._environment not in self.build.environments:
-            self.build = replace(self.build, environments=[*self.build.environments, self._environment])
-            self.build.write(self.path)
+        self.add_environments([self._environment])
+
+
+def iter_stale_shards(folder: Path, build: Build, sealed: Manifest | None) -> Iterator[Path]:
+    """The files of a store's shards that neither the manifest lists nor the build needs."""
+    needed = {key.path for key in build.shard_keys()} | (sealed.shards.keys() if sealed else set())
+    root = folder.resolve()
+    for file in folder.glob("shards/*/*/s*.safetensors"):
+        inside = file.parent.resolve().is_relative_to(root)  # else a link would have files elsewhere removed
+        if inside and _SHARD.fullmatch(file.name) and str(file.relative_to(folder)) not in needed:
+            yield file
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

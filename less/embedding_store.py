@@ -4,7 +4,7 @@ The store is one like any other, with the feature set `rds` at the one "checkpoi
 this one. What an embedding is, is `less.embeddings`' business; the store of gradients is built by `less.pipeline`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore, DatastoreWriter, ShardKey, check_free_space
+from datastore.coding import check_feature_dtype, row_bytes
 from datastore.errors import DataError, SettingError
 from datastore.overlap import WriteBehind, read_ahead
 from less.data.batching import BatchBudget
@@ -51,7 +52,7 @@ class EmbeddingConfig:
     shard_rows: int = 1024
     """Source rows in one shard: what a killed build loses at most."""
     feature_dtype: str = "float16"
-    """Of stored unit rows: float16 or float32."""
+    """Of stored unit rows: float32, float16, int8, int4 or binary."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     strict: bool = False
@@ -63,8 +64,7 @@ class EmbeddingConfig:
         for name in ("max_length", "shard_rows"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.feature_dtype not in ("float16", "float32"):
-            raise SettingError(f"feature_dtype must be float16 or float32, got {self.feature_dtype!r}")
+        check_feature_dtype(self.feature_dtype)
 
     @property
     def rendering(self) -> RenderConfig:
@@ -80,6 +80,7 @@ def build_embeddings(
     data: "str | Path | datasets.Dataset | Sequence[Any]",
     datastore: str | Path,
     tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
+    deleted: Mapping[str, Collection[int]] | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Datastore:
@@ -92,6 +93,7 @@ def build_embeddings(
         data: a file, a hub name, a `datasets.Dataset`, a list of dicts, or a list of such.
         datastore: the store's folder.
         tokenizer: where it is not the model's own.
+        deleted: rows that the store is not to hold, by the sha256 of their source.
         progress: show progress on standard error.
         **settings: fields of `EmbeddingConfig`.
 
@@ -132,6 +134,7 @@ def build_embeddings(
         with DatastoreWriter.open(datastore, environment=environment, **asked) as writer:
             numbers = writer.add_sources([entry_of(source) for source in given])
             sources = dict(zip(numbers, given, strict=True))
+            writer.delete({number: (deleted or {}).get(source.sha256, []) for number, source in sources.items()})
             missing = list(writer.missing_shards())
             if strange := next((key for key in missing if key.source not in sources), None):
                 raise DataError(
@@ -139,11 +142,12 @@ def build_embeddings(
                     "among the data given; add it with --data"
                 )
             num_rows = sum(key.stop - key.start for key in missing)
-            check_free_space(writer.path, num_rows * width * np.dtype(config.feature_dtype).itemsize)
+            check_free_space(writer.path, num_rows * row_bytes(config.feature_dtype, width))
 
             def render(key: ShardKey) -> tuple[ShardKey, RowRange]:
                 rows = range(key.start, key.stop)
-                return key, render_range(sources[key.source], rows, renderer, strict=config.strict)
+                gone = writer.build.deleted_rows(key.source, key.start, key.stop)
+                return key, render_range(sources[key.source], rows, renderer, strict=config.strict, deleted=gone)
 
             with (
                 Progress(total=num_rows, description="embeddings", enabled=progress) as bar,

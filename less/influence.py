@@ -1,13 +1,14 @@
-"""Influence of every stored row on every subtask of the targets: one exact scan, block by block.
+"""Influence of every stored row on every subtask of the targets: the formulas.
 
     score(z, j) = mean over targets v in subtask j of Σ_c w_c cos(φ_c(z), ψ_c(v))
     score(z)    = max_j score(z, j)                                   (LESS, Xia et al. 2024, Def. 3.1 and §4.2)
 
 The score is linear in unit targets, so each subtask is one query per checkpoint, the mean of its unit
-targets, and a scan costs subtasks, not targets. Which rows to keep is `less.selection`'s business.
+targets, and a scan costs subtasks, not targets. The scan is in `less.scan`; which rows to keep is `less.selection`'s
+business.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,25 +17,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datastore import Datastore, RowTable
+from datastore import RowTable
 from datastore.errors import SettingError
-from less.progress import Progress
 
 __all__ = [
     "AGGREGATES",
     "NORMALIZERS",
     "InfluenceScores",
     "check_formula",
-    "influence_scores",
     "influence_scores_ref",
     "subtask_queries",
 ]
 
 AGGREGATES = ("mean-of-cosines", "cosine-of-mean")
 NORMALIZERS = ("cosine", "none")
-
-CHUNK_VALUES = 2**20
-"""Features that are cast and multiplied at once: 4 MB of float32."""
 
 
 @dataclass(frozen=True)
@@ -117,55 +113,6 @@ def subtask_queries(
     if aggregate == "cosine-of-mean":  # a mean of zero has no direction, and scores zero
         return torch.nn.functional.normalize(queries_JK, dim=1, eps=torch.finfo(torch.float32).tiny)
     return queries_JK
-
-
-def influence_scores(
-    store: Datastore,
-    feature_set: str,
-    queries_JK: Mapping[str, Tensor],
-    weights: Mapping[str, float],
-    *,
-    normalize: str = "cosine",
-    verify: bool = True,
-    progress: bool = False,
-) -> NDArray[np.float32]:
-    """Σ_c w_c ⟨φ_c, query_c⟩ for every scored row, from memory-mapped blocks; memory is a few blocks.
-
-    Args:
-        store: a sealed store.
-        feature_set: which of its feature sets to read.
-        queries_JK: by checkpoint, from `subtask_queries`.
-        weights: w_c by checkpoint, used as given.
-        normalize: `cosine` uses the stored unit rows, `none` gives them their norms back.
-        verify: check each shard's checksum before it is used.
-        progress: show a bar.
-
-    Returns:
-        scores_NJ, float32, in the pool's order.
-
-    Raises:
-        DamagedStoreError: a shard is not what the manifest says.
-    """
-    num_subtasks, width = next(iter(queries_JK.values())).shape
-    scores_NJ = np.zeros((store.num_rows, num_subtasks), dtype=np.float32)
-    # Rows are cast a few at a time, into one buffer: they are multiplied while they are still in the cache, and
-    # fresh memory would cost ten times the cast in page faults.
-    buffer_nK = torch.empty(max(1, CHUNK_VALUES // width), width)
-    total = store.num_rows * len(weights)
-    with Progress(total=total, description="scan", enabled=progress) as bar:
-        for checkpoint, weight in weights.items():
-            query_JK = weight * queries_JK[checkpoint].to("cpu", torch.float32)
-            for block in store.iter_blocks(feature_set, checkpoint, verify=verify):
-                block_nJ = scores_NJ[block.start : block.stop]
-                for start in range(0, len(block_nJ), len(buffer_nK)):
-                    chunk = slice(start, start + len(buffer_nK))
-                    features_nK = torch.from_numpy(block.features_nK[chunk])
-                    products_Jn = (query_JK @ buffer_nK[: len(features_nK)].copy_(features_nK).T).numpy()
-                    if normalize == "none":
-                        products_Jn *= block.norms_n[chunk]
-                    block_nJ[chunk] += products_Jn.T
-                bar.advance(len(block_nJ))
-    return scores_NJ
 
 
 def influence_scores_ref(

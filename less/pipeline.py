@@ -21,6 +21,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Build, Datastore, DatastoreWriter, Shard, ShardKey, SkippedRow, check_free_space
+from datastore.build import BUILD
+from datastore.coding import check_feature_dtype, row_bytes
 from datastore.errors import DataError, SettingError, StoreError
 from datastore.overlap import WriteBehind, read_ahead
 from less.adam import NEEDS_MOMENTS, UPDATE_RULES
@@ -87,7 +89,7 @@ class BuildConfig:
     shard_rows: int = 1024
     """Source rows in one shard: what a killed build loses at most."""
     feature_dtype: str = "auto"
-    """Of stored unit rows: float16, float32, or auto (float32 for projection none, else float16)."""
+    """Of stored unit rows: float32, float16, int8, int4, binary, or auto (float32 for projection none, else int8)."""
     checkpoint_weights: Sequence[float] | None = None
     """w_c, in place of the mean learning rates of the checkpoints' logs."""
     device: str = "auto"
@@ -106,8 +108,8 @@ class BuildConfig:
                 raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise SettingError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
-        if self.feature_dtype not in ("auto", "float16", "float32"):
-            raise SettingError(f"feature_dtype must be auto, float16 or float32, got {self.feature_dtype!r}")
+        if self.feature_dtype != "auto":
+            check_feature_dtype(self.feature_dtype)
         if self.prefilter is not None and not 0 < self.prefilter <= 1:
             raise SettingError(f"prefilter must be above 0 and at most 1, got {self.prefilter}")
         if self.prefilter is None and self.prefilter_layers is not None:
@@ -309,6 +311,11 @@ class _Job:
         recorded = recorded_shortlist(Path(datastore), Build(**plan, environments=[], sources=[]), self.sources)
         if recorded is not None:
             return recorded, 0
+        if (Path(datastore) / BUILD).exists() and Build.load(Path(datastore)).deleted:
+            raise StoreError(
+                f"{datastore} lacks shards, and rows were deleted from it, which its prefilter would rank again. "
+                "Build another store from data without these rows"
+            )
         folder = cheap_folder(datastore)
         num_computed = self.write(folder, cheap, [heaviest], EVERY_ROW, "prefilter")
         store = Datastore.open(folder)
@@ -371,12 +378,8 @@ class _Builder:
         tasks = [_Task(list(keys)) for _, keys in groupby(writer.missing_shards(), key=_Task.place)]
         num_left = {task: self.shortlist.num_left(sources[task.source], task.rows) for task in tasks}
         num_to_compute = sum(num for task, num in num_left.items() if not self.shortlist.is_done(task.checkpoint))
-        row_bytes = {
-            fs.name: projector.dim * np.dtype(self._dtype(fs)).itemsize for fs, projector in self.projectors.items()
-        }
-        check_free_space(
-            writer.path, sum(num * row_bytes[name] for task, num in num_left.items() for name in task.keys)
-        )
+        sizes = {fs.name: row_bytes(self._dtype(fs), projector.dim) for fs, projector in self.projectors.items()}
+        check_free_space(writer.path, sum(num * sizes[name] for task, num in num_left.items() for name in task.keys))
         directions = writer.missing_directions()
         with (
             Progress(total=num_to_compute, description=what, enabled=progress) as bar,
@@ -389,7 +392,10 @@ class _Builder:
                 if self.shortlist.is_done(task.checkpoint):
                     exact = self.shortlist.exact_shards(source, rows)
                     return task, {name: without_rows(shard, source, rows, set_aside) for name, shard in exact.items()}
-                return task, render_range(source, rows, self.renderer, strict=strict, set_aside=set_aside)
+                deleted = writer.build.deleted_rows(task.source, rows.start, rows.stop)
+                return task, render_range(
+                    source, rows, self.renderer, strict=strict, set_aside=set_aside, deleted=deleted
+                )
 
             rendered = read_ahead(render, tasks)
             for name, checkpoint in self.checkpoints.items():
@@ -441,7 +447,7 @@ class _Builder:
         """The stored dtype of a feature set: an unprojected one is for checking, so it keeps float32."""
         if self.config.feature_dtype != "auto":
             return self.config.feature_dtype
-        return "float32" if feature_set.projection.kind == "none" else "float16"
+        return "float32" if feature_set.projection.kind == "none" else "int8"
 
 
 class _Task:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datastore import Build, Datastore, Shard, ShardKey
+from datastore import Build, Datastore, Shard
 from datastore.build import BUILD
 from datastore.errors import SettingError, StoreError
 from datastore.files import open_tensors, write_tensors
@@ -81,12 +81,11 @@ class Shortlist:
         """By feature set, the cheap store's shard of these rows, at a checkpoint that is done."""
         assert self.exact is not None
         number = [entry.sha256 for entry in self.exact.sources].index(source.sha256)
+        checkpoint = self.exact.checkpoints[0]
         keys = {
-            name: ShardKey(
-                feature_set=name, checkpoint=self.exact.checkpoints[0], source=number, start=rows.start, stop=rows.stop
-            )
+            name: self.exact.manifest.shard_key(name, checkpoint, number, rows.start, rows.stop)
             for name in self.exact.feature_sets
-        }  # fmt: skip
+        }
         return {name: self.exact.shard(key) for name, key in keys.items()}
 
     def num_left(self, source: Source, rows: range) -> int:

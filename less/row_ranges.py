@@ -8,9 +8,8 @@ last bits of a feature and is therefore noted in the shard. Which ranges are com
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datastore import Shard, SkippedRow
+from datastore.coding import encode
+from datastore.shards import drop_rows
 from less.data.batching import Batch, BatchBudget, collate, run_in_batches
 from less.data.records import Record, RowProblem, Source, skip
 from less.data.rendering import Rendered, Renderer
@@ -25,7 +26,7 @@ from less.features import BatchFeatures
 from less.progress import Progress
 from less.selection import SET_ASIDE
 
-__all__ = ["RowRange", "compute_shards", "render_range", "without_rows"]
+__all__ = ["RowRange", "compute_shards", "content_digest", "render_range", "without_rows"]
 
 NO_ROWS: Mapping[int, str] = MappingProxyType({})
 
@@ -43,7 +44,13 @@ class RowRange:
 
 
 def render_range(
-    source: Source, rows: range, renderer: Renderer, *, strict: bool, set_aside: Mapping[int, str] = NO_ROWS
+    source: Source,
+    rows: range,
+    renderer: Renderer,
+    *,
+    strict: bool,
+    set_aside: Mapping[int, str] = NO_ROWS,
+    deleted: Sequence[SkippedRow] = (),
 ) -> RowRange:
     """Read and render the rows of a range.
 
@@ -53,12 +60,16 @@ def render_range(
         renderer: makes tokens of them.
         strict: a row that cannot be used is an error.
         set_aside: rows that are to be skipped unseen, each with a word on why (`less.prefilter`).
+        deleted: entries of rows that were deleted from the store, which are skipped unseen too.
 
     Raises:
         RowError: a row cannot be used, under `strict`.
     """
-    found = RowRange([], [], [])
+    found, gone = RowRange([], [], []), {row.row: row for row in deleted}
     for record in source.iter_records(rows.start, rows.stop):
+        if record.number in gone:
+            found.skipped.append(gone[record.number])
+            continue
         if record.number in set_aside:
             found.skipped.append(_set_aside(record, set_aside[record.number]))
             continue
@@ -72,18 +83,9 @@ def render_range(
 
 def without_rows(shard: Shard, source: Source, rows: range, set_aside: Mapping[int, str]) -> Shard:
     """A shard of these rows of a source without those that are set aside."""
-    keep_N = ~np.isin(shard.rows_N, list(set_aside))
-    arrays: dict[str, Any] = {name: value for name, value in vars(shard).items() if isinstance(value, np.ndarray)}
-    skipped = [
-        _set_aside(record, set_aside[record.number])
-        for record in source.iter_records(rows.start, rows.stop)
-        if record.number in set_aside
-    ]
-    return replace(
-        shard,
-        **{name: array[keep_N] for name, array in arrays.items()},
-        ids=[name for name, keep in zip(shard.ids, keep_N, strict=True) if keep],
-        skipped=sorted(shard.skipped + skipped, key=lambda row: row.row),
+    records = source.iter_records(rows.start, rows.stop)
+    return drop_rows(
+        shard, [_set_aside(record, set_aside[record.number]) for record in records if record.number in set_aside]
     )
 
 
@@ -116,7 +118,10 @@ def compute_shards(
     """
     records, rendered = rows.records, rows.rendered
     bar.advance(sum(row.reason != SET_ASIDE for row in rows.skipped))
-    results = {name: _Results.empty(len(records), dim, dtypes[name], device) for name, dim in widths.items()}
+    results = {
+        name: _Results.empty(len(records), dim, "float16" if dtypes[name] == "float16" else "float32", device)
+        for name, dim in widths.items()
+    }
 
     def compute(members: list[int]) -> None:
         batch = collate(rendered, members)
@@ -135,7 +140,7 @@ def compute_shards(
         kept = [n for n in range(len(records)) if n not in problems]
         norms_N, losses_N, grad_norms_N, update_norms_N = numbers_4N[:, kept]
         shards[name] = Shard(
-            features_NK=units_NK[kept] if problems else units_NK,
+            features_NK=encode(units_NK[kept] if problems else units_NK, dtypes[name]),
             norms_N=norms_N,
             grad_norms_N=grad_norms_N,
             update_norms_N=update_norms_N,
@@ -144,7 +149,7 @@ def compute_shards(
             num_supervised_N=np.array([rendered[n].num_supervised for n in kept], np.int32),
             truncated_N=np.array([rendered[n].truncated for n in kept], bool),
             rows_N=np.array([records[n].number for n in kept], np.int64),
-            digests_N=np.array([_digest(rendered[n]) for n in kept], np.uint64),
+            digests_N=np.array([content_digest(rendered[n]) for n in kept], np.uint64),
             ids=[records[n].id for n in kept],
             skipped=sorted(rows.skipped + bad, key=lambda row: row.row),
             notes={"oom_retries": num_retries} if num_retries else {},
@@ -198,7 +203,7 @@ def _problems(numbers_4N: NDArray[np.float32]) -> dict[int, RowProblem]:
     return found
 
 
-def _digest(rendered: Rendered) -> int:
+def content_digest(rendered: Rendered) -> int:
     """64 bits over a row's tokens and which of them are supervised: equal for exact duplicates."""
     packed = np.array(rendered.input_ids, np.int64).tobytes() + np.array(rendered.supervised, bool).tobytes()
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")

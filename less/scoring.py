@@ -4,11 +4,16 @@ The model runs on the targets only, and must be the one that the store was built
 fingerprint. The formulas are in `less.influence`; other ways to score are in `less.baselines`, `less.methods` chooses.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,8 +26,8 @@ from less.data.conversations import RowProblem
 from less.data.rendering import RenderConfig, Renderer
 from less.data.targets import TargetSet, columns_of, load_targets
 from less.features import FeatureSet, FeatureSetConfig, gradient_features
-from less.influence import InfluenceScores, check_formula, influence_scores, subtask_queries
-from less.models import ParamLayout, context_length, load_base_model, load_tokenizer
+from less.influence import InfluenceScores, check_formula, subtask_queries
+from less.models import ParamLayout, load_base_model, load_tokenizer, resolve_device
 from less.progress import Progress
 from less.provenance import (
     check_checkpoints,
@@ -31,6 +36,8 @@ from less.provenance import (
     location_of,
     recorded_projector,
 )
+from less.scan import gather_scores, iter_scores
+from less.score_matrix import ScoreMatrix
 
 __all__ = ["METHODS", "ScoreConfig", "Scorer", "load_target_sets", "open_base_model", "open_renderer"]
 
@@ -61,6 +68,8 @@ class ScoreConfig:
     """Padded tokens in one batch of targets."""
     verify: bool = True
     """Check the checksum of every shard that is read."""
+    keep_scores: bool = True
+    """Keep the scores of `less` beside the store: another selection for the same targets then costs no scan."""
     strict: bool = False
     """Stop at the first target that cannot be used instead of skipping it."""
     trust_remote_code: bool = False
@@ -180,8 +189,19 @@ class Scorer:
         if model is None:
             _name_of_model(store)
         self.checkpoints = self._find_checkpoints(checkpoints or store.environment["checkpoints"])
-        self.model = open_base_model(store, config, model)
-        self.renderer = open_renderer(store, config, model, tokenizer, context_length(self.model.config))
+        self._given_model = model
+        if model is not None:
+            _ = self.model  # what is given is held to the store at once
+        self.renderer = open_renderer(store, config, model, tokenizer, store.settings["rendering"]["max_length"])
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The base model, loaded when it is first needed: scores that are kept need none.
+
+        Raises:
+            ProvenanceError: it is not the one that the store was built with.
+        """
+        return open_base_model(self.store, self.config, self._given_model)
 
     def load_targets(self, targets: Any) -> list[TargetSet]:
         """The target sets, each with a name of its own."""
@@ -196,28 +216,14 @@ class Scorer:
         Raises:
             DataError: no target of a set has one; RowError: one has none, under `strict`.
         """
-        features = dict(self._target_features(target_sets))
-        target_sets, alive_M = self._without_dead(target_sets, features)
-        columns, subtask_M = columns_of(target_sets)
-        queries_JK = {
-            name: subtask_queries(
-                features_MK[alive_M],
-                subtask_M,
-                len(columns),
-                aggregate=self.config.aggregate,
-                normalize=self.config.normalize,
-            )
-            for name, features_MK in features.items()
-        }
-        scores_NJ = influence_scores(
-            self.store,
-            self.feature_set,
-            queries_JK,
-            {checkpoint.name: checkpoint.weight for checkpoint in self.checkpoints},
-            normalize=self.config.normalize,
-            verify=self.config.verify,
-            progress=self.progress,
-        )
+        matrix = ScoreMatrix(self.store, self._made_of(target_sets))
+        kept = matrix.load(verify=self.config.verify) if self.config.keep_scores else None
+        if kept is not None:
+            scores_NJ, dead = kept[0], {m: RowProblem(*problem) for m, *problem in kept[1]["dead_targets"]}
+            target_sets = self._without(target_sets, dead)
+        else:
+            scores_NJ, target_sets = self._scan(target_sets, matrix)
+        columns, _ = columns_of(target_sets)
         influence = InfluenceScores(
             rows=self.store.rows(self.feature_set, verify=self.config.verify),
             scores_NJ=scores_NJ,
@@ -226,7 +232,63 @@ class Scorer:
         )
         return influence, target_sets
 
-    def _target_features(self, target_sets: Sequence[TargetSet]) -> Iterator[tuple[str, Tensor]]:
+    def _scan(
+        self, target_sets: Sequence[TargetSet], matrix: ScoreMatrix
+    ) -> tuple[NDArray[np.float32], list[TargetSet]]:
+        """Features of the targets, and one scan, into `matrix` if scores are to be kept."""
+        features, alive, dead = self._usable(target_sets)
+        columns, subtask_M = columns_of(alive)
+        config = self.config
+        queries_JK = {
+            name: subtask_queries(
+                features_MK, subtask_M, len(columns), aggregate=config.aggregate, normalize=config.normalize
+            )
+            for name, features_MK in features.items()
+        }
+        scan = partial(
+            iter_scores, self.store, self.feature_set, queries_JK, self._weights, normalize=config.normalize,
+            device=resolve_device(config.device), verify=config.verify, progress=self.progress,
+        )  # fmt: skip
+        if not config.keep_scores:
+            return gather_scores(self.store.num_rows, len(columns), scan(first=0)), alive
+        digest = hashlib.sha256(b"".join(query_JK.numpy().tobytes() for query_JK in queries_JK.values())).hexdigest()
+        kept = {"dead_targets": [[m, problem.reason, problem.detail] for m, problem in dead.items()]}
+        return matrix.make(len(columns), digest, kept, lambda first: scan(first=first)), alive
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        return {checkpoint.name: checkpoint.weight for checkpoint in self.checkpoints}
+
+    def _made_of(self, target_sets: Sequence[TargetSet]) -> dict[str, Any]:
+        """What scores depend on beside the store."""
+        targets = [
+            [t.name, subtask, list(map(int, row.input_ids)), list(map(int, row.supervised))]
+            for t in target_sets
+            for subtask, row in zip(t.subtask_of, t.rendered, strict=True)
+        ]
+        return {
+            "feature_set": self.feature_set, "aggregate": self.config.aggregate, "normalize": self.config.normalize,
+            "weights": self._weights, "targets": hashlib.sha256(json.dumps(targets).encode()).hexdigest(),
+        }  # fmt: skip
+
+    def usable_features(self, target_sets: Sequence[TargetSet]) -> tuple[dict[str, Tensor], list[TargetSet]]:
+        """ψ of the targets that have a direction at every checkpoint, (M, K) float32 each, and the sets of those.
+
+        They are computed once for the same sets. Raises as `score`.
+        """
+        features, alive, _ = self._usable(target_sets)
+        return features, alive
+
+    def _usable(
+        self, target_sets: Sequence[TargetSet]
+    ) -> tuple[dict[str, Tensor], list[TargetSet], dict[int, RowProblem]]:
+        features = dict(self.target_features(target_sets))
+        dead = _dead_targets(features)
+        alive_M = torch.tensor([m not in dead for m in range(len(next(iter(features.values()))))])
+        alive = self._without(target_sets, dead)
+        return {name: features_MK[alive_M] for name, features_MK in features.items()}, alive, dead
+
+    def target_features(self, target_sets: Sequence[TargetSet]) -> Iterator[tuple[str, Tensor]]:
         """ψ of every target, set after set, at each checkpoint: (M, K) float32, not normalised."""
         rendered = [row for t in target_sets for row in t.rendered]
         device = self.model.device
@@ -257,27 +319,18 @@ class Scorer:
                 self._known[made_of] = features_MK
                 yield checkpoint.name, features_MK
 
-    def _without_dead(
-        self, target_sets: Sequence[TargetSet], features: Mapping[str, Tensor]
-    ) -> tuple[list[TargetSet], Tensor]:
-        """The sets without the targets whose gradient is zero or not finite, and which of the M are left."""
-        problems_M: list[RowProblem | None] = [None] * sum(len(t.ids) for t in target_sets)
-        for checkpoint, features_MK in features.items():
-            for m, norm in enumerate(torch.linalg.vector_norm(features_MK, dim=1).tolist()):
-                if not 0 < norm < float("inf"):
-                    reason = "zero norm" if norm == 0 else "not finite"
-                    problems_M[m] = problems_M[m] or RowProblem(reason, f"gradient norm {norm:g} at {checkpoint}")
+    def _without(self, target_sets: Sequence[TargetSet], dead: Mapping[int, RowProblem]) -> list[TargetSet]:
+        """The sets without the targets, numbered through all sets, that have no direction."""
         alive, start = [], 0
         for target_set in target_sets:
-            own = dict(enumerate(problems_M[start : start + len(target_set.ids)]))
-            problems = {n: problem for n, problem in own.items() if problem is not None}
-            start += len(own)
-            if problems and (self.config.strict or len(problems) == len(own)):
+            problems = {n: dead[start + n] for n in range(len(target_set.ids)) if start + n in dead}
+            start += len(target_set.ids)
+            if problems and (self.config.strict or len(problems) == len(target_set.ids)):
                 n, problem = next(iter(problems.items()))
                 message = f"{target_set.where_of[n]}: {problem}; there is no cosine with it"
                 raise RowError(message) if self.config.strict else DataError(f"no target is left: {message}")
             alive.append(target_set.without(problems))
-        return alive, torch.tensor([problem is None for problem in problems_M])
+        return alive
 
     def _choose_feature_set(self) -> str:
         available = self.store.feature_sets
@@ -312,6 +365,17 @@ class Scorer:
             ) from err
         check_checkpoints(self.store, found)
         return [replace(checkpoint, name=name) for checkpoint, name in zip(found, names, strict=True)]
+
+
+def _dead_targets(features: Mapping[str, Tensor]) -> dict[int, RowProblem]:
+    """The targets whose gradient is zero or not finite at some checkpoint."""
+    dead: dict[int, RowProblem] = {}
+    for checkpoint, features_MK in features.items():
+        for m, norm in enumerate(torch.linalg.vector_norm(features_MK, dim=1).tolist()):
+            if not 0 < norm < float("inf"):
+                reason = "zero norm" if norm == 0 else "not finite"
+                dead.setdefault(m, RowProblem(reason, f"gradient norm {norm:g} at {checkpoint}"))
+    return dead
 
 
 def _given(**settings: Any) -> dict[str, Any]:

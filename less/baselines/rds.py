@@ -22,10 +22,11 @@ from less.data.batching import BatchBudget, collate, run_in_batches
 from less.data.rendering import Rendered
 from less.embedding_store import BASE, build_embeddings
 from less.embeddings import EMBEDDINGS, embedding_features
-from less.influence import influence_scores, subtask_queries
+from less.influence import subtask_queries
 from less.pool import Pool
 from less.progress import Progress
 from less.provenance import check_model, holds_gradients
+from less.scan import influence_scores
 
 __all__ = ["at_rows_of", "embedding_store", "embeddings_folder", "rds_scores"]
 
@@ -65,6 +66,7 @@ def embedding_store(
         datastore=folder,
         tokens_per_batch=tokens_per_batch,
         shard_rows=store.manifest.shard_rows,
+        deleted={entry.sha256: store.manifest.deleted.get(str(n), []) for n, entry in enumerate(store.sources)},
         progress=progress,
         **rendering,
     )

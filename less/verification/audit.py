@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datastore import Datastore, RowTable
 from datastore.errors import DataError, SettingError
 from less.data.records import open_source
-from less.influence import influence_scores
 from less.pool import Pool, open_sources
 from less.progress import Progress
+from less.scan import influence_scores
 from less.scoring import ScoreConfig, Scorer
 from less.statistics import bootstrap, r_squared, spearman, top_overlap
 from less.verification.certificate import Certificate, Errors, check_bounds

@@ -6,10 +6,11 @@ value of a statistic with an interval. How the numbers come about is `less.verif
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from math import isfinite, nan
+from math import hypot, isfinite, nan
 from pathlib import Path
 from typing import Any
 
+from datastore.coding import ROUNDING
 from datastore.errors import SettingError
 from less.statistics import Interval
 from less.verification.contamination import NearDuplicate
@@ -208,13 +209,19 @@ class Certificate:
     def _numbers(self) -> Iterator[str]:
         of = f"worst of {_count(len(self.rows), 'row')} × {_count(len(self.checkpoints), 'checkpoint')}"
         sound, sound_features = _SOUND[self.dtype], _SOUND_FEATURES[self.dtype]
+        rounding = ROUNDING[self.feature_dtype]
+        sound_stored = hypot(sound_features[0], 3 * rounding), hypot(sound_features[1], 1.5 * rounding)
         yield f"gradients: {_judged(self.gradient, sound)} of their norm ({of}; median {self.gradient.median:.1e})"
         yield f"stored gradient norms: {_judged(self.stored_gradient_norm, sound)}"
         updates = _judged(self.update, _SOUND["float32"])
         yield f"update directions: {updates} of their norm, as the formula in float64 has them"
         yield f"stored norms of update directions: {_judged(self.stored_update_norm, sound_features)}"
-        kept = f"as {self.feature_dtype}, whose rounding is about 3e-04" if self.feature_dtype == "float16" else "whole"
-        yield f"stored features: {_judged(self.stored_features, sound_features)}; they are kept {kept}"
+        kept = (
+            "whole"
+            if self.feature_dtype == "float32"
+            else f"as {self.feature_dtype}, which moves a row by {rounding:.0e}"
+        )
+        yield f"stored features: {_judged(self.stored_features, sound_stored)}; they are kept {kept}"
         if self.dtype == "bfloat16":
             yield (
                 "bfloat16: one rounding changes a number by up to 3.9e-03 and a pass makes many, so two right "

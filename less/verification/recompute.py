@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
 
-from datastore import RowTable, ShardKey
+from datastore import RowTable
+from datastore.coding import as_float32
 from datastore.errors import DataError, ProvenanceError
 from less.adam import NEEDS_MOMENTS, PreparedRule, update_direction_ref
 from less.adapters import adapted_model, load_adapter_weights
@@ -203,12 +204,10 @@ class _Recomputation:
         size = self.store.manifest.shard_rows
         start = row - row % size
         stop = min(start + size, self.store.sources[source].num_rows)
-        shard = self.store.shard(
-            ShardKey(feature_set=self.feature_set, checkpoint=checkpoint.name, source=source, start=start, stop=stop)
-        )
+        shard = self.store.shard(self.store.manifest.shard_key(self.feature_set, checkpoint.name, source, start, stop))
         at = int(np.searchsorted(shard.rows_N, row))
         return _StoredRow(
-            shard.features_NK[at].astype(np.float32),
+            as_float32(shard.features_NK[at : at + 1])[0],
             float(shard.norms_N[at]),
             float(shard.grad_norms_N[at]),
             float(shard.update_norms_N[at]),

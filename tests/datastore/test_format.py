@@ -2,19 +2,25 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_stores import build_store, open_writer, tree
+from tiny_stores import build_store, make_shard, open_writer, tree
 
-from datastore import Datastore, Shard, SkippedRow, SourceEntry
+from datastore import Datastore, Shard, ShardKey, SkippedRow, SourceEntry
+from datastore.coding import encode
+from datastore.deletion import delete_rows
+from datastore.files import open_tensors
+from datastore.shards import write_shard
 
 TEXT = (Path(__file__).parents[2] / "datastore" / "FORMAT.md").read_text()
-EXAMPLE = TEXT.split("## A store of three rows")[1]
+EXAMPLE, DELETION = TEXT.split("## A store of three rows")[1].split("## Row 2 of it deleted")
 BLOCKS = re.findall(r"```(?:json)?\n(.*?\n)```", EXAMPLE, re.DOTALL)
 SHARD = "shards/adam/checkpoint-2/s0000-0000000000-0000000003.safetensors"
+KEY = ShardKey(feature_set="adam", checkpoint="checkpoint-2", source=0, start=0, stop=1)
 DIRECTION = "directions/adam/checkpoint-2.safetensors"
 
 
@@ -74,6 +80,42 @@ def test_the_example_has_the_bytes_of_its_description(example):
     assert direction[:8] == int(num_bytes).to_bytes(8, "little")
     assert direction[8 + int(num_bytes) :] == bytes.fromhex(data)
     assert not files
+
+
+def test_a_deletion_has_the_names_of_its_description(example):
+    before = tree(example)
+    delete_rows(example, [(0, 2)])
+    after = tree(example)
+    (shard,) = re.findall(r"`(shards/\S+)`", DELETION)
+    assert after.keys() - before.keys() == {shard}
+    assert before.keys() - after.keys() == {SHARD}
+    deleted, edition, entry = re.findall(r"`(\"[^`]+|\{[^`]+\})`", DELETION)
+    metadata, tensors = open_tensors(example / shard)
+    assert metadata["key"].items() > json.loads(f"{{{edition}}}").items()
+    assert metadata["skipped"][1] == json.loads(entry)
+    assert (metadata["ids"], tensors["rows_N"].tolist()) == (["a"], [0])
+    for name in ("build.json", "manifest.json"):
+        assert json.loads(after[name]).items() > json.loads(f"{{{deleted}}}").items()
+
+
+def test_features_in_few_bits_have_the_bytes_of_their_description(tmp_path):
+    section = TEXT.split("## Features in few bits")[1].split("## ")[0]
+    row = [
+        float(number.replace("−", "-")) for number in re.search(r"^\((.+?)\) is", section, re.MULTILINE)[1].split(",")
+    ]
+    lines = re.search(r"```\n(.*?)\n```", section, re.DOTALL)[1].splitlines()
+    scales = re.search(r"with the scales (.+?)\.\n", section)[1].split(", ")
+    features_NK = np.array([row]) / np.linalg.norm(row)
+    assert len(lines) == 3
+    for dtype, line, scale in zip(("int8", "int4", "binary"), lines, scales, strict=True):
+        data, name = line.split("  # ")
+        coded = encode(features_NK.astype(np.float32), dtype)
+        shard = replace(make_shard(KEY), features_NK=coded)
+        write_shard(tmp_path, KEY, "0" * 64, shard)
+        tensors = load_file(tmp_path / KEY.path)
+        assert tensors[name].tobytes().hex(" ") == data
+        assert tensors["scales_N"][0] == pytest.approx(float(scale), abs=1e-6)
+        assert "features_NK" not in tensors
 
 
 def test_safetensors_alone_reads_a_shard(example):

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from tiny_stores import K, make_shard, skipped_row
 
 from datastore import ShardKey
+from datastore.coding import encode
 from datastore.errors import DamagedStoreError
 from datastore.files import open_tensors
 from datastore.shards import open_direction, open_shard, write_direction, write_shard
@@ -239,3 +240,41 @@ def test_no_single_altered_byte_does_more_than_an_error(tmp_path_factory, at, va
         open_tensors(folder / key.path)
     except DamagedStoreError:
         pass
+
+
+class TestOfFewBits:
+    @pytest.fixture(params=["int8", "int4", "binary"])
+    def coded(self, request, tmp_path):
+        features_NK = np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32)
+        features_NK /= np.linalg.norm(features_NK, axis=1)[:, None]
+        shard = replace(make_shard(key_of(stop=3)), features_NK=encode(features_NK, request.param))
+        write_shard(tmp_path, key_of(stop=3), HASH, shard)
+        return tmp_path / key_of(stop=3).path, shard
+
+    def test_features_come_back_as_they_were(self, coded):
+        file, shard = coded
+        found = open_shard(file.parents[3], key_of(stop=3), HASH).features_NK
+        assert found.dtype == shard.features_NK.dtype
+        assert isinstance(found.codes_NX, np.memmap)
+        assert np.array_equal(found.decode(), shard.features_NK.decode())
+
+    @pytest.mark.parametrize("scale", [np.nan, np.inf])
+    def test_a_scale_that_is_not_finite_is_refused(self, coded, tmp_path, scale):
+        _, shard = coded
+        features = replace(shard.features_NK, scales_N=np.full(3, scale, np.float32))
+        with pytest.raises(ValueError, match="not finite"):
+            write_shard(tmp_path, key_of(stop=3), HASH, replace(shard, features_NK=features))
+
+    @pytest.mark.parametrize(
+        "alter",
+        [
+            lambda header: header.pop("scales_N"),
+            lambda header: header["scales_N"].update(dtype="I32"),
+            lambda header: header.update(features_NK=header["scales_N"]),
+        ],
+    )
+    def test_codes_without_their_scales_are_damage(self, coded, alter):
+        file, _ = coded
+        rewrite_header(file, alter)
+        with pytest.raises(DamagedStoreError):
+            open_shard(file.parents[3], key_of(stop=3), HASH)

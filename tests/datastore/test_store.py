@@ -15,6 +15,7 @@ from tiny_stores import K, build_store, make_shard, source, tree
 
 from datastore import Datastore, RowStats, store
 from datastore.build import json_hash
+from datastore.deletion import delete_rows
 from datastore.errors import DamagedStoreError, FormatVersionError, SettingError, StoreError
 
 SKIP = {
@@ -288,6 +289,8 @@ def test_an_edited_manifest_is_refused(folder):
         lambda doc: doc.pop("counts"),
         lambda doc: doc.update(environments="none"),
         lambda doc: doc.update(extra=1),
+        lambda doc: doc.update(deleted={}),
+        lambda doc: doc.update(deleted={"0": [0]}),
         lambda doc: doc.update(version="1"),
         lambda doc: doc.update(version=0),
         lambda doc: doc.update(format="zarr"),
@@ -297,6 +300,86 @@ def test_a_forged_manifest_is_refused(folder, edit):
     forge(folder, edit)
     with pytest.raises(DamagedStoreError, match=r"manifest.json is damaged"):
         Datastore.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda doc: doc.update(deleted={"0": [1]}), "skipped as deleted are not"),
+        (lambda doc: doc.update(deleted={}), "skipped as deleted are not"),
+        (lambda doc: doc.pop("deleted"), "skipped as deleted are not|lack or should not have"),
+        (lambda doc: doc["deleted"].update({"0": [0, 2]}), "skipped as deleted are not"),
+        (lambda doc: doc["deleted"].update({"0": [0, 0]}), "must ascend"),
+        (lambda doc: doc["deleted"].update({"0": [-1, 0]}), "must ascend"),
+        (lambda doc: doc["deleted"].update({"0": [0, 7]}), "must ascend"),
+        (lambda doc: doc["deleted"].update({"0": []}), "must ascend"),
+        (lambda doc: doc["deleted"].update({"0": [True]}), "expected int"),
+        (lambda doc: doc["deleted"].update({"2": [0]}), "there are 2 sources"),
+        (lambda doc: doc["deleted"].update({"00": [0]}), "there are 2 sources"),
+        (lambda doc: doc["deleted"].update({"-1": [0]}), "there are 2 sources"),
+        (lambda doc: doc["deleted"].update({"../0": [0]}), "there are 2 sources"),
+        (lambda doc: doc["ranges"][0]["skipped"][0].update(id="id-0"), "skipped as deleted are not"),
+        (lambda doc: doc["ranges"][0]["skipped"][0].update(reason="not JSON"), "skipped as deleted are not"),
+        (lambda doc: doc["ranges"][1]["skipped"][0].update(reason="deleted"), "skipped as deleted are not"),
+    ],
+    ids=range(16),
+)
+def test_a_forged_deletion_is_refused(folder, edit, expected):
+    delete_rows(folder, [(0, 0)])
+    forge(folder, lambda doc: (edit(doc), doc.update(counts=counts_of(doc))))
+    with pytest.raises(DamagedStoreError, match=rf"manifest.json is damaged: .*({expected})"):
+        Datastore.open(folder)
+
+
+def counts_of(doc):
+    """What a forger would not forget."""
+    skipped = [row["reason"] for rows in doc["ranges"] for row in rows["skipped"]]
+    num_rows = sum(source["num_rows"] for source in doc["sources"])
+    by_reason = {reason: skipped.count(reason) for reason in skipped}
+    return {"num_rows": num_rows, "num_scored": num_rows - len(skipped), "num_skipped": by_reason}
+
+
+def test_a_manifest_that_names_the_whole_shard_of_a_range_with_a_deleted_row_is_refused(folder):
+    old = Path(shutil.copy(folder / SHARD, folder.parent / "old"))
+    delete_rows(folder, [(0, 0)])
+    (new,) = (
+        path for path in Datastore.open(folder).manifest.shards if path.startswith(SHARD.removesuffix(".safetensors"))
+    )
+    shutil.copy(old, folder / SHARD)
+
+    def whole(doc):
+        entry = doc["shards"].pop(new)
+        sha256 = hashlib.sha256(old.read_bytes()).hexdigest()
+        doc["shards"][SHARD] = entry | {"sha256": sha256, "num_bytes": old.stat().st_size}
+
+    forge(folder, whole)
+    with pytest.raises(DamagedStoreError, match="its shards lack or should not have"):
+        Datastore.open(folder)
+
+
+@pytest.mark.parametrize("other", ["older edition", "another store", "another range"])
+def test_another_shard_in_the_place_of_one_is_refused_even_with_a_forged_checksum(folder, tmp_path, other):
+    old = {path: (folder / path).read_bytes() for path in Datastore.open(folder).manifest.shards}
+    delete_rows(folder, [(0, 0)])
+    (new,) = (
+        path for path in Datastore.open(folder).manifest.shards if path.startswith(SHARD.removesuffix(".safetensors"))
+    )
+    if other == "another store":
+        strange = build_store(tmp_path / "strange", source("pool", 7), settings={"dtype": "float32"})
+        delete_rows(strange, [(0, 0)])
+        data = (strange / new).read_bytes()
+    else:
+        data = old[SHARD if other == "older edition" else SHARD.replace("0-0000000003", "3-0000000006")]
+    (folder / new).write_bytes(data)
+    entry = {"sha256": hashlib.sha256(data).hexdigest(), "num_bytes": len(data)}
+    forge(folder, lambda doc: doc["shards"][new].update(entry))
+    for use in (
+        lambda opened: opened.rows(),
+        lambda opened: features_of(opened),
+        lambda opened: features_of(opened, verify=False),
+    ):
+        with pytest.raises(DamagedStoreError, match=r"it holds|other settings"):
+            use(Datastore.open(folder))
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"null", b"\xff\xfe", b"[" * 100_000, b"9" * 5000], ids=range(6))

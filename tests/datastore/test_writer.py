@@ -170,7 +170,7 @@ def test_a_shard_from_elsewhere_stops_the_build(tmp_path):
         writer.write_shard(first, make_shard(first))
         (writer.path / second.path).parent.mkdir(parents=True)
         shutil.copy(writer.path / first.path, writer.path / second.path)
-        with pytest.raises(DamagedStoreError, match=r"it holds ShardKey.*'adam'.*expected.*'sgd'"):
+        with pytest.raises(DamagedStoreError, match=r'it holds .*"adam".*expected.*"sgd"'):
             writer.missing_shards()
 
 

@@ -275,7 +275,7 @@ class TestTheStore:
             build(tmp_path / "broken", tiny_rows[:3], model=base, tokenizer=tiny_model_folder)
         assert base.training == training
 
-    @pytest.mark.parametrize("changes", [{"max_length": 0}, {"shard_rows": 0}, {"feature_dtype": "int8"}])
+    @pytest.mark.parametrize("changes", [{"max_length": 0}, {"shard_rows": 0}, {"feature_dtype": "int2"}])
     def test_of_a_setting_out_of_range_is_refused_before_any_work(self, build, tiny_pool, tmp_path, changes):
         with pytest.raises(SettingError, match=next(iter(changes))):
             build(tmp_path / "store", tiny_pool, **changes)

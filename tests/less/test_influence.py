@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from datastore import Datastore, DatastoreWriter, Shard, SkippedRow, SourceEntry
+from datastore.coding import FEATURE_DTYPES, as_float32, encode
 from datastore.errors import DamagedStoreError, SettingError
-from less.influence import InfluenceScores, influence_scores, influence_scores_ref, subtask_queries
+from less import scan as scan_module
+from less.influence import InfluenceScores, influence_scores_ref, subtask_queries
+from less.scan import influence_scores, iter_scores
 
-K, NUM_ROWS = 37, 23
+K, NUM_ROWS = 40, 23
 WEIGHTS = {"checkpoint-5": 0.7, "checkpoint-9": 0.25, "checkpoint-11": 0.05}
 SUBTASKS = [2, 0, 0, 1, 0, 0, 2, 0]  # sizes 5, 1, 2
 
@@ -40,7 +43,7 @@ def write_store(folder, phis, dtype, skip=None, feature_set="adam", shard_rows=5
             numbers = np.zeros(len(rows), np.float32)
             shard = Shard(
                 rows_N=rows, ids=[f"{key.source}-{row}" for row in rows], digests_N=rows.astype(np.uint64),
-                features_NK=(phi_NK / norms_N[:, None]).astype(dtype), norms_N=norms_N, grad_norms_N=numbers,
+                features_NK=encode(phi_NK / norms_N[:, None], dtype), norms_N=norms_N, grad_norms_N=numbers,
                 update_norms_N=numbers, losses_N=numbers, num_tokens_N=np.ones(len(rows), np.int32),
                 num_supervised_N=np.ones(len(rows), np.int32), truncated_N=np.zeros(len(rows), bool),
                 skipped=[
@@ -67,7 +70,7 @@ def psis():
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory, phis):
     folder = tmp_path_factory.mktemp("stores")
-    return {dtype: write_store(folder / dtype, phis, dtype) for dtype in ("float16", "float32")}
+    return {dtype: write_store(folder / dtype, phis, dtype) for dtype in FEATURE_DTYPES}
 
 
 def queries(psis, aggregate="mean-of-cosines", normalize="cosine"):
@@ -77,13 +80,49 @@ def queries(psis, aggregate="mean-of-cosines", normalize="cosine"):
     }
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("float16", 1e-3)])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("float16", 1e-3), ("int8", 1e-2)])
 def test_the_scan_equals_the_definition(stores, phis, psis, dtype, bound):
     found_NJ = influence_scores(stores[dtype], "adam", queries(psis), WEIGHTS)
     expected_NJ = influence_scores_ref(list(phis.values()), list(psis.values()), list(WEIGHTS.values()), SUBTASKS)
     assert found_NJ.dtype == np.float32
     assert found_NJ.shape == (NUM_ROWS, 3)
     assert np.abs(found_NJ - expected_NJ).max() < bound
+
+
+@pytest.mark.parametrize("exact_int8", [True, False])
+@pytest.mark.parametrize("normalize", ["cosine", "none"])
+@pytest.mark.parametrize("dtype", FEATURE_DTYPES)
+def test_the_scan_multiplies_what_is_stored(stores, psis, monkeypatch, dtype, normalize, exact_int8):
+    """Queries keep their precision, whatever the rows have lost and whichever way the processor multiplies."""
+    monkeypatch.setattr("less.scan._multiplies_int8_exactly", lambda: exact_int8)
+    queries_JK = queries(psis, normalize=normalize)
+    found_NJ = influence_scores(stores[dtype], "adam", queries_JK, WEIGHTS, normalize=normalize)
+    expected_NJ, scale_NJ = np.zeros((2, NUM_ROWS, 3))
+    for name, weight in WEIGHTS.items():
+        norms_N = stores[dtype].stats("adam", name).norms_N if normalize == "none" else np.ones(NUM_ROWS)
+        blocks = [as_float32(block.features_nK) for block in stores[dtype].iter_blocks("adam", name)]
+        rows_NK = np.concatenate(blocks).astype(np.float64) * norms_N[:, None]
+        expected_NJ += weight * rows_NK @ queries_JK[name].numpy().T
+        scale_NJ += weight * np.outer(np.linalg.norm(rows_NK, axis=1), queries_JK[name].norm(dim=1))
+    assert (np.abs(found_NJ - expected_NJ) / scale_NJ).max() < (1e-6 if dtype.startswith("float") else 2e-4)
+
+
+@pytest.mark.parametrize("first", [0, 5, 13, 18, 23])
+def test_a_scan_can_begin_at_any_range(stores, psis, first):
+    whole_NJ = influence_scores(stores["float16"], "adam", queries(psis), WEIGHTS)
+    parts = list(iter_scores(stores["float16"], "adam", queries(psis), WEIGHTS, first=first))
+    assert [start for start, _ in parts] == [start for start in (0, 5, 10, 13, 18) if start >= first]
+    if parts:
+        assert np.array_equal(np.concatenate([scores_nJ for _, scores_nJ in parts]), whole_NJ[first:])
+
+
+def test_int8_products_are_exact_at_the_ends_of_their_range():
+    """What `_multiplies_int8_exactly` asks, with the digits that a query can have."""
+    query_JK = torch.tensor([[1.0, -1.0] * 2048, [1.0] * 4096])
+    scan = scan_module._Scan(query_JK, torch.device("cpu"))
+    scale_J, digits_DK = scan._query_digits()
+    assert digits_DK.abs().max() <= 64
+    assert torch.allclose((128 * digits_DK[:2].double() + digits_DK[2:]) * scale_J[:, None], query_JK.double())
 
 
 def test_the_definition_itself_on_two_rows_by_hand():
@@ -152,7 +191,7 @@ def test_scores_are_linear_in_the_weights(stores, psis):
     assert np.allclose(together_NJ, sum(WEIGHTS[name] * s_NJ for name, s_NJ in alone.items()), atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "binary"])
 def test_a_row_bad_at_any_checkpoint_is_left_out_and_the_others_keep_their_scores(tmp_path, stores, phis, psis, dtype):
     skip = {"checkpoint-5": [0, 7], "checkpoint-11": [7, 12, 13, 14, 15, 16, 17, 22]}  # 13 to 17: a whole shard
     store = write_store(tmp_path / "ds", phis, dtype, skip)
@@ -175,11 +214,14 @@ def test_scores_do_not_depend_on_the_shards(tmp_path, stores, phis, psis, shard_
 
 @pytest.mark.parametrize("chunk_values", [1, K, 2 * K, 3 * K + 1, 1000 * K])
 @pytest.mark.parametrize("normalize", ["cosine", "none"])
-def test_scores_do_not_depend_on_how_many_rows_are_cast_at_once(stores, psis, monkeypatch, chunk_values, normalize):
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
+def test_scores_do_not_depend_on_how_many_rows_are_multiplied_at_once(
+    stores, psis, monkeypatch, dtype, chunk_values, normalize
+):
     queries_JK = queries(psis, normalize=normalize)
-    expected_NJ = influence_scores(stores["float16"], "adam", queries_JK, WEIGHTS, normalize=normalize)
-    monkeypatch.setattr("less.influence.CHUNK_VALUES", chunk_values)
-    found_NJ = influence_scores(stores["float16"], "adam", queries_JK, WEIGHTS, normalize=normalize)
+    expected_NJ = influence_scores(stores[dtype], "adam", queries_JK, WEIGHTS, normalize=normalize)
+    monkeypatch.setattr("less.scan.CHUNK_VALUES", chunk_values)
+    found_NJ = influence_scores(stores[dtype], "adam", queries_JK, WEIGHTS, normalize=normalize)
     assert np.allclose(found_NJ, expected_NJ, rtol=1e-5, atol=1e-6)
 
 

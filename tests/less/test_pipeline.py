@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from datastore import Datastore
+from datastore.coding import as_float32, encode
 from datastore.errors import (
     CheckpointError,
     DataError,
@@ -173,11 +174,23 @@ def test_what_is_stored_of_a_row(build, pool, rows, reference, tmp_path, tiny_to
     assert none.num_rows + len(none.skipped) == len(rows)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("none", "float32"), ("sparse", "float16")])
-def test_stored_numbers_are_half_precision_but_for_checking(build, rows, tmp_path, kind, dtype):
+@pytest.mark.parametrize(("kind", "dtype"), [("none", "float32"), ("sparse", "int8")])
+def test_stored_numbers_are_of_eight_bits_but_for_checking(build, rows, tmp_path, kind, dtype):
     build(tmp_path / "ds", rows[:2], projection=kind, feature_dtype="auto")
     manifest = json.loads((tmp_path / "ds" / "manifest.json").read_text())
     assert [entry["dtype"] for entry in manifest["features"].values()] == [dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4", "binary"])
+def test_a_build_stores_what_the_codec_makes_of_its_features(build, rows, tmp_path, dtype):
+    for name in ("float32", dtype):
+        build(tmp_path / name, rows[:6], feature_dtype=name)
+    whole, coded = (Datastore.open(tmp_path / name) for name in ("float32", dtype))
+    (name,), (checkpoint, *_) = whole.feature_sets, whole.checkpoints
+    blocks = zip(whole.iter_blocks(name, checkpoint), coded.iter_blocks(name, checkpoint), strict=True)
+    for block, found in blocks:
+        expected_nK = as_float32(encode(block.features_nK, dtype))
+        assert np.allclose(as_float32(found.features_nK), expected_nK, rtol=1e-3, atol=1e-6)
 
 
 class TestSecondRun:
@@ -602,7 +615,7 @@ def test_rules_without_moments_need_no_optimizer_state(build, pool, reference, t
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"shard_rows": 0}, "shard_rows must be at least 1, got 0"),
         ({"tokens_per_batch": 0}, "tokens_per_batch must be at least 1, got 0"),
-        ({"feature_dtype": "int8"}, "feature_dtype must be auto, float16 or float32, got 'int8'"),
+        ({"feature_dtype": "int2"}, "feature_dtype must be one of float32, float16, int8, int4, binary, got 'int2'"),
     ],
 )
 def test_settings_out_of_range_are_refused_with_the_value(settings, message):

@@ -34,7 +34,8 @@ def no_power_cut(monkeypatch):
 @pytest.fixture
 def scores(tiny_store, tiny_targets):
     def call(**changes):
-        return score(**{"datastore": tiny_store, "targets": tiny_targets, "progress": False} | changes)
+        fixed = {"datastore": tiny_store, "targets": tiny_targets, "keep_scores": False, "progress": False}
+        return score(**fixed | changes)
 
     return call
 
@@ -302,7 +303,7 @@ class TestBadTargets:
     def test_without_a_direction_are_skipped_and_listed(self, tiny_store, tiny_targets, scores, kill, value, reason):
         expected = scores(targets=[t for n, t in enumerate(tiny_targets) if n not in (0, 3)])
         kill({0, 3}, value)
-        (selection,) = select(datastore=tiny_store, targets=tiny_targets, count=3, progress=False)
+        (selection,) = select(datastore=tiny_store, targets=tiny_targets, count=3, keep_scores=False, progress=False)
         assert [(row.id, row.reason) for row in selection.skipped_targets] == [
             ("target-0", reason),
             ("target-3", reason),

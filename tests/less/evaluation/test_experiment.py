@@ -148,7 +148,7 @@ class TestGoingOn:
         for name in ("run_trial", "measure"):
             monkeypatch.setattr(experiment, name, lambda *_, **__: 1 / 0)
         monkeypatch.setattr("less.baselines.scorer.rds_scores", lambda *_, **__: 1 / 0)
-        monkeypatch.setattr("less.scoring.influence_scores", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr("less.scoring.iter_scores", lambda *_, **__: 1 / 0)
         assert run(folder) == done[1]
         assert results(folder) == results(done[0])
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from datastore import Datastore, DatastoreWriter, ShardKey
 from datastore.errors import DamagedStoreError, DataError, ProvenanceError, SettingError
 from less import build_datastore, score, verify
-from less.influence import influence_scores
+from less.scan import influence_scores
 from less.verification.certificate import BOUNDS
 
 

@@ -1,0 +1,159 @@
+"""The score matrix on disk: what a scan has found, kept beside the store, so that another selection costs no scan.
+
+    <store>.scores/<hash of what it is of>/
+        scores.npy       scores_NJ, float32, in the pool's order
+        progress.json    while the scan goes on: the rows that scores.npy holds already
+        scores.json      what it is of, and the checksum of scores.npy; written last
+
+What it is of: the store's manifest, so that a store that has changed since is another one, and all that the scores
+depend on. A killed scan goes on where it was. Folders of an older manifest are removed by the next scan. Where nothing
+can be written, or another process is writing the same matrix, scores are kept in memory only.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+
+from datastore import Datastore
+from datastore.errors import DiskFullError, StoreError
+from datastore.files import canonical_json, check_free_space, hash_file, lock_folder, make_folder, write_atomic
+from less.scan import Parts, gather_scores
+
+__all__ = ["ScoreMatrix", "scores_folder"]
+
+SCORES, PROGRESS, DONE = "scores.npy", "progress.json", "scores.json"
+_SECONDS_BETWEEN = 5.0
+"""Of scanning that a kill can lose."""
+
+
+def scores_folder(store: Datastore) -> Path:
+    """Where a store's score matrices lie."""
+    return store.path.with_name(f"{store.path.name}.scores")
+
+
+class ScoreMatrix:
+    """The scores of one store for one set of targets, on disk or still to be made.
+
+    Args:
+        store: whose rows are scored.
+        made_of: everything else that the scores depend on, as JSON.
+    """
+
+    def __init__(self, store: Datastore, made_of: Mapping[str, Any]) -> None:
+        self._num_rows = store.num_rows
+        self._made_of = {"manifest": store.manifest.sha256, **made_of}
+        key = hashlib.sha256(canonical_json(self._made_of).encode()).hexdigest()
+        self.path = scores_folder(store) / key[:32]
+
+    def load(self, *, verify: bool = True) -> tuple[NDArray[np.float32], dict[str, Any]] | None:
+        """scores_NJ as a map of the file, and what `make` kept with it; None if it is not there or not whole."""
+        try:
+            doc = _read_json(self.path / DONE)
+            if doc["made_of"] != self._made_of:
+                return None
+            if verify and hash_file(self.path / SCORES).sha256 != doc["sha256"]:
+                return None
+            scores_NJ = np.load(self.path / SCORES, mmap_mode="r", allow_pickle=False)
+        except (OSError, StoreError, ValueError, KeyError, TypeError):
+            return None
+        return (scores_NJ, doc["kept"]) if self._fits(scores_NJ, scores_NJ.shape[1:]) else None
+
+    def make(
+        self, num_subtasks: int, queries_sha256: str, kept: Mapping[str, Any], parts: Callable[[int], Parts]
+    ) -> NDArray[np.float32]:
+        """scores_NJ from its parts, kept on disk where that can be.
+
+        Args:
+            num_subtasks: J.
+            queries_sha256: of the queries' bits: a scan that was cut short goes on only with the very same ones.
+            kept: JSON to keep with it.
+            parts: from a position at which to begin, the position and the scores_nJ of each part that follows.
+
+        Raises:
+            DamagedStoreError: a shard is not what the manifest says.
+        """
+        lock = self._lock(num_subtasks)
+        if lock is None:
+            return gather_scores(self._num_rows, num_subtasks, parts(0))
+        try:
+            self._remove_stale()
+            return self._write(num_subtasks, queries_sha256, dict(kept), parts)
+        finally:
+            os.close(lock)
+
+    def _write(
+        self, num_subtasks: int, queries_sha256: str, kept: dict[str, Any], parts: Callable[[int], Parts]
+    ) -> NDArray[np.float32]:
+        first = self._num_done(num_subtasks, queries_sha256)
+        with suppress(FileNotFoundError):
+            (self.path / DONE).unlink()
+        if first:
+            scores_NJ = open_memmap(self.path / SCORES, mode="r+")
+        else:
+            shape = (self._num_rows, num_subtasks)
+            scores_NJ = open_memmap(self.path / SCORES, mode="w+", dtype=np.float32, shape=shape)
+        saved = time.monotonic()
+        for start, scores_nJ in parts(first):
+            stop = start + len(scores_nJ)
+            scores_NJ[start:stop] = scores_nJ
+            if time.monotonic() - saved > _SECONDS_BETWEEN:
+                scores_NJ.flush()
+                self._write_json(PROGRESS, {"num_done": stop, "queries_sha256": queries_sha256})
+                saved = time.monotonic()
+        scores_NJ.flush()
+        sha256 = hash_file(self.path / SCORES).sha256
+        self._write_json(DONE, {"made_of": self._made_of, "kept": kept, "sha256": sha256})
+        with suppress(FileNotFoundError):
+            (self.path / PROGRESS).unlink()
+        return np.load(self.path / SCORES, mmap_mode="r", allow_pickle=False)
+
+    def _num_done(self, num_subtasks: int, queries_sha256: str) -> int:
+        """Rows that an unfinished scan has left, all of the same queries."""
+        try:
+            doc = _read_json(self.path / PROGRESS)
+            scores_NJ = np.load(self.path / SCORES, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError):
+            return 0
+        done = doc.get("num_done")
+        same = doc.get("queries_sha256") == queries_sha256 and self._fits(scores_NJ, (num_subtasks,))
+        return done if same and type(done) is int and 0 <= done <= self._num_rows else 0
+
+    def _fits(self, scores_NJ: NDArray[Any], columns: tuple[int, ...]) -> bool:
+        return scores_NJ.dtype == np.float32 and scores_NJ.shape == (self._num_rows, *columns) and len(columns) == 1
+
+    def _lock(self, num_subtasks: int) -> int | None:
+        """Held until it is closed; None where nothing can be written, or another process is writing."""
+        try:
+            check_free_space(self.path, 4 * self._num_rows * num_subtasks)
+            make_folder(self.path)
+            return lock_folder(self.path)
+        except (StoreError, DiskFullError, OSError):
+            return None
+
+    def _remove_stale(self) -> None:
+        """Remove what is of an older state of the store."""
+        for folder in self.path.parent.iterdir():
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                if _read_json(folder / DONE)["made_of"]["manifest"] != self._made_of["manifest"]:
+                    shutil.rmtree(folder)
+
+    def _write_json(self, name: str, doc: Mapping[str, Any]) -> None:
+        write_atomic(self.path / name, [canonical_json(doc).encode() + b"\n"])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; `ValueError`."""
+    doc = json.loads(path.read_bytes())
+    if type(doc) is not dict:
+        raise ValueError(f"{path} holds no object")
+    return doc

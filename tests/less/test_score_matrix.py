@@ -1,0 +1,173 @@
+"""What a scan has found is kept beside the store, and never taken for the scores of something else."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from datastore import Datastore
+from datastore.errors import ProvenanceError
+from datastore.files import lock_folder
+from less import score, select
+from less import scoring as scoring_module
+from less.score_matrix import ScoreMatrix, scores_folder
+
+
+@pytest.fixture
+def store(tiny_store, tmp_path):
+    return Datastore.open(shutil.copytree(tiny_store, tmp_path / "ds"))
+
+
+@pytest.fixture
+def numbers(store):
+    return np.random.default_rng(0).standard_normal((store.num_rows, 3)).astype(np.float32)
+
+
+class Dies(Exception):
+    """What ends a scan in the middle."""
+
+
+def parts_of(numbers_NJ, begun, die_at=None):
+    """Parts of ten rows; notes where each scan begins."""
+
+    def parts(first):
+        begun.append(first)
+        for start in range(first, len(numbers_NJ), 10):
+            if start == die_at:
+                raise Dies
+            yield start, numbers_NJ[start : start + 10]
+
+    return parts
+
+
+def make(matrix, numbers_NJ, begun=None, queries="q", **options):
+    return matrix.make(3, queries, {"note": 1}, parts_of(numbers_NJ, [] if begun is None else begun, **options))
+
+
+def test_what_is_kept_comes_back_with_its_note(store, numbers):
+    assert ScoreMatrix(store, {"a": 1}).load() is None
+    made_NJ = make(ScoreMatrix(store, {"a": 1}), numbers)
+    loaded_NJ, kept = ScoreMatrix(store, {"a": 1}).load()
+    assert np.array_equal(made_NJ, numbers)
+    assert np.array_equal(loaded_NJ, numbers)
+    assert kept == {"note": 1}
+    assert isinstance(loaded_NJ, np.memmap)
+
+
+def test_scores_of_something_else_are_not_found(store, numbers):
+    make(ScoreMatrix(store, {"a": 1}), numbers)
+    assert ScoreMatrix(store, {"a": 2}).load() is None
+
+
+def test_a_killed_scan_goes_on_where_it_was(store, numbers, monkeypatch):
+    monkeypatch.setattr("less.score_matrix._SECONDS_BETWEEN", 0)
+    begun = []
+    with pytest.raises(Dies):
+        make(ScoreMatrix(store, {}), numbers, begun, die_at=20)
+    assert ScoreMatrix(store, {}).load() is None
+    assert np.array_equal(make(ScoreMatrix(store, {}), numbers, begun), numbers)
+    assert begun == [0, 20]
+    assert not (ScoreMatrix(store, {}).path / "progress.json").exists()
+
+
+def test_a_killed_scan_of_other_queries_begins_anew(store, numbers, monkeypatch):
+    monkeypatch.setattr("less.score_matrix._SECONDS_BETWEEN", 0)
+    begun = []
+    with pytest.raises(Dies):
+        make(ScoreMatrix(store, {}), -numbers, begun, die_at=20)
+    assert np.array_equal(make(ScoreMatrix(store, {}), numbers, begun, queries="other"), numbers)
+    assert begun == [0, 0]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "json", "absent", "list"])
+def test_damaged_scores_are_made_again(store, numbers, damage):
+    matrix = ScoreMatrix(store, {})
+    make(matrix, numbers)
+    file = matrix.path / "scores.npy"
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-4])
+    elif damage == "absent":
+        file.unlink()
+    else:
+        (matrix.path / "scores.json").write_text("{" if damage == "json" else "[]")
+    assert matrix.load() is None
+    assert np.array_equal(make(matrix, numbers), numbers)
+    assert matrix.load() is not None
+
+
+def test_forged_scores_of_another_shape_are_not_taken(store, numbers):
+    """Even unverified: what is mapped has the store's rows."""
+    matrix = ScoreMatrix(store, {})
+    make(matrix, numbers)
+    np.save(matrix.path / "scores.npy", numbers[:-1])
+    assert matrix.load(verify=False) is None
+    np.save(matrix.path / "scores.npy", np.array([{}], dtype=object), allow_pickle=True)
+    assert matrix.load(verify=False) is None
+
+
+def test_scores_of_an_older_state_of_the_store_are_removed(store, numbers):
+    old = ScoreMatrix(store, {})
+    make(old, numbers)
+    doc = json.loads((old.path / "scores.json").read_text())
+    doc["made_of"]["manifest"] = "0" * 64
+    (old.path / "scores.json").write_text(json.dumps(doc))
+    make(ScoreMatrix(store, {"new": True}), numbers)
+    assert not old.path.exists()
+
+
+def test_scores_stay_in_memory_while_another_process_writes_them(store, numbers):
+    matrix = ScoreMatrix(store, {})
+    matrix.path.mkdir(parents=True)
+    lock = lock_folder(matrix.path)
+    try:
+        assert np.array_equal(make(matrix, numbers), numbers)
+    finally:
+        os.close(lock)
+    assert matrix.load() is None
+
+
+def test_scores_stay_in_memory_where_nothing_can_be_written(store, numbers):
+    scores_folder(store).write_text("a file in the folder's place")
+    assert np.array_equal(make(ScoreMatrix(store, {}), numbers), numbers)
+
+
+class TestSelection:
+    @pytest.fixture
+    def call(self, store, tiny_targets, tiny_run):
+        def call(function=score, **changes):
+            return function(**{"datastore": store, "targets": tiny_targets, "progress": False} | changes)
+
+        return call
+
+    def test_of_another_size_loads_no_model_and_scans_nothing(self, call, monkeypatch):
+        first = call(select, count=2)
+        for name in ("open_base_model", "iter_scores"):
+            monkeypatch.setattr(scoring_module, name, lambda *_, **__: 1 / 0)
+        (again,) = call(select, count=5)
+        assert again.positions[:2].tolist() == first[0].positions.tolist()
+        assert np.array_equal(again.influence.scores_NJ, first[0].influence.scores_NJ)
+
+    def test_without_kept_scores_is_the_same(self, call, store):
+        kept, not_kept = call(), call(keep_scores=False)
+        assert np.array_equal(call().scores_NJ, not_kept.scores_NJ)
+        assert np.array_equal(kept.scores_NJ, not_kept.scores_NJ)
+
+    @pytest.mark.parametrize(
+        "changes", [{"normalize": "none"}, {"aggregate": "cosine-of-mean"}, {"system_prompt": "You add numbers."}]
+    )
+    def test_by_another_formula_is_not_taken_from_the_first(self, call, changes):
+        assert not np.array_equal(call().scores_NJ, call(**changes).scores_NJ)
+
+    def test_with_a_given_model_still_holds_it_to_the_store(self, call, tiny_model):
+        call()
+        with torch.no_grad():
+            tiny_model.model.layers[1].self_attn.q_proj.weight.add_(0.1)
+        with pytest.raises(ProvenanceError, match="is not the model"):
+            call(model=tiny_model)
