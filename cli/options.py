@@ -7,6 +7,7 @@ import click
 
 __all__ = [
     "CommaList",
+    "bundle",
     "found_again_options",
     "loading_options",
     "model_option",
@@ -38,7 +39,9 @@ class CommaList(click.ParamType):
             self.fail(f"{value!r} is not a comma-separated list of {self.kind.__name__} values", param, ctx)
 
 
-def _bundle(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def bundle(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """One decorator out of several, in their order."""
+
     def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
@@ -49,7 +52,7 @@ def _bundle(*options: Callable[[Command], Command]) -> Callable[[Command], Comma
 
 model_option = click.option("--model", required=True, metavar="M", help="Base model: a folder or a hub name.")
 
-pool_options = _bundle(
+pool_options = bundle(
     click.option(
         "--data", required=True, multiple=True, metavar="POOL",
         help="Instruction pool: .jsonl, .parquet, a folder or a hub name; may be repeated.",
@@ -60,7 +63,7 @@ pool_options = _bundle(
     ),
 )  # fmt: skip
 
-found_again_options = _bundle(
+found_again_options = bundle(
     click.option("--model", metavar="M", help="Base model, where it has moved since the build."),
     click.option("--tokenizer", metavar="M", help="Tokenizer, where it is not the model's own."),
     click.option("--checkpoints", multiple=True, metavar="RUN", help="Checkpoints, where they have moved."),
@@ -69,7 +72,7 @@ found_again_options = _bundle(
     click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run."),
 )
 
-loading_options = _bundle(
+loading_options = bundle(
     click.option("--tokenizer", metavar="M", help="Tokenizer, where it is not the model's own."),
     click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run."),
 )
@@ -79,7 +82,7 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first r
 
 def rendering_options(max_length: int = 2048) -> Callable[[Command], Command]:
     """How rows become tokens, with the length limit that is usual for them."""
-    return _bundle(
+    return bundle(
         click.option(
             "--max-length", default=max_length, show_default=True, metavar="N", help="Tokens a row; its end is cut."
         ),
@@ -94,7 +97,7 @@ def rendering_options(max_length: int = 2048) -> Callable[[Command], Command]:
     )  # fmt: skip
 
 
-running_options = _bundle(
+running_options = bundle(
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),
     click.option(
         "--dtype", default="auto", show_default=True, type=click.Choice(["auto", "float32", "bfloat16"]),
@@ -106,7 +109,7 @@ running_options = _bundle(
     ),
 )  # fmt: skip
 
-output_options = _bundle(
+output_options = bundle(
     click.option("-q", "--quiet", is_flag=True, help="No progress and no summary."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
 )

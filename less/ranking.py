@@ -1,15 +1,15 @@
 """Select from a finished store and write what was selected, with the reasons beside it.
 
-    store + targets → InfluenceScores → Selection → files
+    store + targets → InfluenceScores → Candidates → Choice → Selection → files
 
-The pool's text is read once, for the selected rows, when they are written. Scoring is `less.scoring`'s
-business, the strategies are `less.selection`'s.
+The pool's text is read once, for the selected rows, when they are written; and once before, if a column of it is
+selected by. Scoring is `less.scoring`'s business, the strategies are `less.selection`'s.
 """
 
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore
 from datastore.errors import SettingError
+from datastore.similarity import GradientSpace
+from datastore.sketch import SignSketch
 from less.checkpoints import EvidenceWarning
 from less.data.records import Record, Source
 from less.data.sources import JSON_LINES, json_of
@@ -29,7 +31,9 @@ from less.influence import InfluenceScores
 from less.methods import open_scorer
 from less.pool import Pool
 from less.scoring import ScoreConfig
-from less.selection import SET_ASIDE, num_to_select, ranks, select_round_robin, select_top
+from less.selection import SET_ASIDE, Candidates, Choice, Labels, SelectConfig, choose, num_to_select, ranks
+from less.selection.candidates import Features
+from less.statistics import spearman
 
 if TYPE_CHECKING:
     import datasets
@@ -37,6 +41,12 @@ if TYPE_CHECKING:
 __all__ = ["COMBINATIONS", "Selection", "select"]
 
 COMBINATIONS = ("max", "round-robin")
+LENGTH_SAMPLE = 100_000
+FEW_ROWS = 30
+MOSTLY = 0.5
+"""Of the variance of ranks."""
+SKETCH_DIM = 4096
+"""Columns of a row that is compared with others: a similarity ρ is then off by (1 − ρ²) / 64, root mean square."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +61,16 @@ class Selection:
     """Their influence scores."""
     subtasks: tuple[str, ...]
     """The subtask that gives each its score."""
+    choice: Choice
+    """Why each was taken, what was passed over, and what could not be had."""
+    away: NDArray[np.float32] | None
+    """How much each points to the negative targets, if there are any."""
     records: tuple[Record, ...]
     """The rows themselves, as they stand in the pool."""
     influence: InfluenceScores
     """The scores of every row."""
+    num_targets: int
+    """Targets that were used."""
     skipped_targets: tuple[SkippedRow, ...]
     """Targets left out, each with its reason."""
     output: Path | None
@@ -67,11 +83,22 @@ class Selection:
 
     @property
     def columns(self) -> list[dict[str, Any]]:
-        """What is added to each row: `influence_score`, `influence_rank` (from 1), `influence_subtask`."""
-        return [
-            {"influence_score": float(score), "influence_rank": rank, "influence_subtask": subtask}
-            for rank, (score, subtask) in enumerate(zip(self.scores, self.subtasks, strict=True), start=1)
+        """What is added to each row: `influence_score`, `influence_rank` (from 1), `influence_subtask`,
+        `influence_reason`, and with negative targets `influence_away`."""
+        taken = zip(self.scores.tolist(), self.subtasks, self.choice.why, strict=True)
+        columns: list[dict[str, Any]] = [
+            {
+                "influence_score": score,
+                "influence_rank": rank,
+                "influence_subtask": subtask,
+                "influence_reason": reason,
+            }
+            for rank, (score, subtask, reason) in enumerate(taken, start=1)
         ]
+        if self.away is not None:
+            for column, away in zip(columns, self.away.tolist(), strict=True):
+                column["influence_away"] = away
+        return columns
 
     @cached_property
     def dataset(self) -> "datasets.Dataset":
@@ -89,9 +116,9 @@ def select(
     targets: Any,
     output: str | Path | None = None,
     scores: str | Path | None = None,
-    fraction: float | None = None,
-    count: int | None = None,
+    config: str | Path | None = None,
     combine: str | None = None,
+    away_from: Any = None,
     data: Any = None,
     model: str | Path | PreTrainedModel | None = None,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
@@ -106,14 +133,16 @@ def select(
         targets: a file, data set or list of dicts; several as a list, or as a dict that names them.
         output: a .jsonl or .parquet file, or a folder for one file a selection; None writes nothing.
         scores: likewise, a .jsonl file or a folder, for one line a candidate.
-        fraction: of the scored rows and those that a prefilter set aside, above 0 and at most 1; the ceiling is taken.
-        count: number of rows; one of `fraction` and `count` is needed.
+        config: a TOML file of `SelectConfig`'s fields; those among `settings` stand in place of the file's.
         combine: None for a selection each; `max` ranks by the best subtask of any target set; `round-robin`
             lets the target sets take turns.
+        away_from: negative targets, given like `targets`: rows whose gradients point to them score lower or are left
+            out, see `SelectConfig.away_weight` and `away_above`.
         data: the pool, where it is not where the build found it (needed for rows given in memory).
         model, tokenizer, checkpoints: where they are not where the build found them.
         progress: show progress on standard error.
-        **settings: fields of `ScoreConfig`.
+        **settings: fields of `SelectConfig`, such as `fraction`, `count` or `token_budget`, one of which is needed, and
+            of `ScoreConfig`; `seed` is of both.
 
     Returns:
         one `Selection` a target set, or a list of one with `combine`.
@@ -121,46 +150,133 @@ def select(
     Raises:
         DataError: no usable target, or the pool has changed since the build.
         ProvenanceError: the model or a checkpoint is not the one that the store was built with.
-        SettingError: fraction, count or output do not fit.
+        SettingError: a setting does not fit, or the pool has no such column.
+        TypeError: no such setting.
     """
     store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
-    num_set_aside = store.manifest.counts["num_skipped"].get(SET_ASIDE, 0)
-    num_selected = num_to_select(store.num_rows, fraction=fraction, count=count, num_set_aside=num_set_aside)
     if combine is not None and combine not in COMBINATIONS:
         raise SettingError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
-    config, pool = ScoreConfig(**settings), Pool(store, data)
+    scoring, strategy = _configs(settings, config, by_turns=combine == "round-robin")
+    num_set_aside = store.manifest.counts["num_skipped"].get(SET_ASIDE, 0)
+    if strategy.token_budget is None:  # what cannot be had is said before anything is computed
+        num_to_select(store.num_rows, fraction=strategy.fraction, count=strategy.count, num_set_aside=num_set_aside)
+    if away_from is None and (strategy.away_weight is not None or strategy.away_above is not None):
+        raise SettingError("away_weight and away_above are about negative targets; give those with --away-from")
+    pool = Pool(store, data)
+    labels = _labels_of(pool, store, strategy.columns)
     scorer = open_scorer(
-        store, config, model=model, tokenizer=tokenizer, checkpoints=checkpoints, pool=pool, progress=progress
+        store, scoring, model=model, tokenizer=tokenizer, checkpoints=checkpoints, pool=pool, progress=progress
     )
     target_sets = scorer.load_targets(targets)
-    _warn_of_other_targets(store, target_sets)
+    avoided = [] if away_from is None else _named_apart(scorer.load_targets(away_from), target_sets)
+    _warn_of_other_targets(store, [*target_sets, *avoided])
     names = [t.name for t in target_sets]
     names = names if combine is None else ["+".join(names)]
     output_files = _files(output, names, (*JSON_LINES, ".parquet"))
     score_files = _files(scores, names, JSON_LINES)
     _check_writable([*output_files, *score_files], pool.sources)
-    influence, target_sets = scorer.score(target_sets)
+    influence, scored_sets = scorer.score([*target_sets, *avoided])
+    target_sets, avoided = scored_sets[: len(target_sets)], scored_sets[len(target_sets) :]
+    away_N = influence.of(*(t.name for t in avoided)).score_N if avoided else None
+    features_of = _features_of(store, scoring) if strategy.needs_features else None
     groups = [[t] for t in target_sets] if combine is None else [target_sets]
     selections = []
     for group, name, output_file, score_file in zip(groups, names, output_files, score_files, strict=True):
         own = influence.of(*(t.name for t in group))
-        positions, subtask_of = _choose(own, num_selected, by_turns=combine == "round-robin")
+        candidates = Candidates.of(
+            own, away_N=away_N, labels=labels, features_of=features_of, num_set_aside=num_set_aside
+        )
+        if scoring.method not in ("length", "random"):
+            _warn_of_length(name, own)
+        choice = choose(candidates, strategy)
         selection = Selection(
             name=name,
-            positions=positions,
-            scores=own.scores_NJ[positions, subtask_of],
-            subtasks=tuple(own.subtasks[j] for j in subtask_of),
-            records=tuple(pool.take(own.rows, positions)),
+            positions=choice.positions,
+            scores=choice.scores,
+            subtasks=tuple(own.subtasks[j] for j in choice.column_of.tolist()),
+            choice=choice,
+            away=None if away_N is None else away_N[choice.positions],
+            records=tuple(pool.take(own.rows, choice.positions)),
             influence=own,
-            skipped_targets=tuple(row for t in group for row in t.skipped),
+            num_targets=sum(len(t.ids) for t in group),
+            skipped_targets=tuple(row for t in [*group, *avoided] for row in t.skipped),
             output=output_file,
         )
         if output_file is not None:
             write_selected(output_file, selection.records, selection.columns, pool.kind)
         if score_file is not None:
-            write_lines(score_file, _score_lines(store, own))
+            write_lines(score_file, _score_lines(store, own, away_N))
         selections.append(selection)
     return selections
+
+
+def _warn_of_length(name: str, influence: InfluenceScores) -> None:
+    """A ranking that lengths explain has to be better than lengths alone to be worth its cost."""
+    some = slice(None, None, max(1, len(influence.score_N) // LENGTH_SAMPLE))
+    correlation = spearman(influence.score_N[some], influence.rows.num_supervised_N[some])
+    if len(influence.score_N) >= FEW_ROWS and correlation**2 >= MOSTLY:
+        longer = "longer" if correlation > 0 else "shorter"
+        warnings.warn(
+            f"{name}: the ranking is mostly length: it prefers {longer} replies (Spearman {correlation:.2f} with "
+            "the number of supervised tokens). Hold it against `--method length` with `gradsift evaluate`",
+            EvidenceWarning,
+            stacklevel=3,
+        )
+
+
+def _configs(settings: dict[str, Any], file: str | Path | None, *, by_turns: bool) -> tuple[ScoreConfig, SelectConfig]:
+    """The settings of scoring and of choosing; `TypeError` for a word that neither has."""
+    of_scoring, of_choosing = ({field.name for field in fields(kind)} for kind in (ScoreConfig, SelectConfig))
+    if strange := settings.keys() - of_scoring - of_choosing:
+        raise TypeError(f"select() got an unexpected keyword argument {min(strange)!r}")
+    chosen = {name: value for name, value in settings.items() if name in of_choosing}
+    if by_turns:
+        chosen["turns"] = "target-set"
+    strategy = SelectConfig(**chosen) if file is None else SelectConfig.load(file, **chosen)
+    return ScoreConfig(**{name: value for name, value in settings.items() if name in of_scoring}), strategy
+
+
+def _named_apart(avoided: Sequence[TargetSet], target_sets: Sequence[TargetSet]) -> list[TargetSet]:
+    """The negative sets under names that no target set has."""
+    if same := {t.name for t in avoided} & {t.name for t in target_sets}:
+        raise SettingError(f"{min(same)} is both to be learnt and to be avoided; name another file for one of them")
+    return [replace(t, name=f"away from {t.name}") for t in avoided]
+
+
+def _labels_of(pool: Pool, store: Datastore, columns: Sequence[str]) -> dict[str, Labels]:
+    """Each row's values in these columns of the pool.
+
+    Raises:
+        SettingError: no row has such a column.
+    """
+    if not columns:
+        return {}
+    values: dict[str, list[Any]] = {name: [] for name in columns}
+    known: dict[str, None] = {}
+    for record in pool.iter_records(store.rows(verify=False)):
+        own = record.columns or {}
+        known.update(dict.fromkeys(own))
+        for name, column in values.items():
+            column.append(own.get(name))
+    if missing := [name for name in columns if name not in known]:
+        raise SettingError(f"the pool has no column {missing[0]!r} to select by; it has {', '.join(known)}")
+    return {name: Labels.of(column) for name, column in values.items()}
+
+
+def _features_of(store: Datastore, config: ScoreConfig) -> Features:
+    """Rows as vectors whose inner products are similarities in gradient space, wide ones sketched."""
+    space = GradientSpace(store, config.feature_set, verify=config.verify)
+    sketch = SignSketch(list(space.weights), space.width // len(space.weights), SKETCH_DIM, seed=0)
+    width = min(SKETCH_DIM, space.width)
+
+    def features_of(positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        found_nd = np.empty((len(positions), width), np.float32)
+        for start in range(0, len(positions), space.rows_at_once):
+            vectors_nX = space.vectors(positions[start : start + space.rows_at_once])
+            found_nd[start : start + len(vectors_nX)] = vectors_nX if width == space.width else sketch(vectors_nX)
+        return found_nd
+
+    return features_of
 
 
 def _warn_of_other_targets(store: Datastore, target_sets: Sequence[TargetSet]) -> None:
@@ -178,22 +294,7 @@ def _warn_of_other_targets(store: Datastore, target_sets: Sequence[TargetSet]) -
         )
 
 
-def _choose(influence: InfluenceScores, count: int, *, by_turns: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions of the selected rows, and the column that gives each its score."""
-    if not by_turns:
-        positions = select_top(influence.score_N, count)
-        return positions, influence.scores_NJ[positions].argmax(axis=1)
-    sets = list(dict.fromkeys(influence.target_sets))
-    columns_S = [np.array([j for j, name in enumerate(influence.target_sets) if name == s]) for s in sets]
-    best_NS = np.stack([influence.scores_NJ[:, columns].max(axis=1) for columns in columns_S], axis=1)
-    positions, picked_by = select_round_robin(best_NS, count)
-    subtask_of = [
-        columns_S[s][influence.scores_NJ[n, columns_S[s]].argmax()] for n, s in zip(positions, picked_by, strict=True)
-    ]
-    return positions, np.array(subtask_of, np.int64)
-
-
-def _score_lines(store: Datastore, influence: InfluenceScores) -> Iterator[str]:
+def _score_lines(store: Datastore, influence: InfluenceScores, away_N: NDArray[np.float32] | None) -> Iterator[str]:
     """One JSON object a candidate, in the pool's order; a skipped row has its reason in place of scores."""
     rows, rank_N = influence.rows, ranks(influence.score_N)
     position = 0
@@ -212,6 +313,8 @@ def _score_lines(store: Datastore, influence: InfluenceScores) -> Iterator[str]:
                     "rank": int(rank_N[position]),
                     "scores": dict(zip(influence.subtasks, influence.scores_NJ[position].tolist(), strict=True)),
                 }
+                if away_N is not None:
+                    line["away"] = float(away_N[position])
                 position += 1
             yield json_of(line | {"source": span.source, "row": row})
 

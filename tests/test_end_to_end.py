@@ -79,10 +79,11 @@ def test_the_selection_is_the_top_of_the_scores_with_every_column_kept(
     assert [row["id"] for row in selected] == [line["id"] for line in best]
     rows = {row["id"]: row for row in tiny_rows}
     for rank, (row, line) in enumerate(zip(selected, best, strict=True), start=1):
-        added = {name: row.pop(name) for name in ("influence_score", "influence_rank", "influence_subtask")}
+        added = {name: row.pop(name) for name in list(row) if name.startswith("influence_")}
         assert row == rows[row["id"]]
         assert added == {
-            "influence_score": line["score"], "influence_rank": rank, "influence_subtask": line["subtask"]
+            "influence_score": line["score"], "influence_rank": rank, "influence_subtask": line["subtask"],
+            "influence_reason": f"best for {line['subtask']}",
         }  # fmt: skip
         assert line["rank"] == rank
         assert line["scores"][line["subtask"]] == line["score"] == max(line["scores"].values())

@@ -19,7 +19,7 @@ from less.scoring import METHODS, ScoreConfig
 
 BASELINES = [method for method in METHODS if method != "less"]
 BLIND = ["length", "perplexity", "random"]
-ADDED = ("influence_score", "influence_rank", "influence_subtask")
+ADDED = ("influence_score", "influence_rank", "influence_subtask", "influence_reason")
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,8 @@ class TestEveryMethod:
             for rank, row in enumerate(written, start=1):
                 line = by_rank[rank - 1]
                 assert {name: row[name] for name in row if name not in ADDED} in tiny_rows
-                assert [row[name] for name in ADDED] == [line["score"], rank, line["subtask"]]
+                assert [row[name] for name in ADDED[:3]] == [line["score"], rank, line["subtask"]]
+                assert row["influence_reason"] == f"best for {line['subtask']}"
                 assert line["score"] == line["scores"][line["subtask"]] == max(line["scores"].values())
             columns = [selection.name] if method in BLIND or selection.name == "sums" else ["a", "b"]
             assert all([*line["scores"]] == columns for line in lines)

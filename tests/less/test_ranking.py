@@ -15,7 +15,7 @@ from less.data.sources import Arrow, JsonLines
 from less.influence import InfluenceScores
 from less.scoring import Scorer
 
-ADDED = ("influence_score", "influence_rank", "influence_subtask")
+ADDED = ("influence_score", "influence_rank", "influence_subtask", "influence_reason")
 
 
 @pytest.fixture(autouse=True)
@@ -168,9 +168,11 @@ class TestSelection:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"count": 0}, "between 1 and the 13 scored rows, got 0"),
-            ({"count": 14}, "got 14"),
-            ({"count": None}, "either a fraction or a count"),
+            ({"count": 0}, "count must be a whole number, at least 1, got 0"),
+            ({"count": 14}, "between 1 and the 13 scored rows, got 14"),
+            ({"count": None}, "give one of fraction, count, token_budget, got none"),
+            ({"away_above": 0.1}, "give those with --away-from"),
+            ({"caps": ["shade=3"]}, "no column 'shade' to select by; it has id, kind, messages"),
             ({"fraction": 0.0}, "above 0 and at most 1, got 0"),
             ({"fraction": 1.5}, "got 1.5"),
             ({"combine": "mean"}, "combine must be one of max, round-robin, got 'mean'"),
@@ -207,6 +209,92 @@ class TestSelection:
         monkeypatch.setattr(Scorer, "score", score)
         monkeypatch.setattr(JsonLines, "take", take)
         assert len(choose()) == 2
+
+
+class TestStrategies:
+    """Each reaches the rows that are written; what it chooses is tested in `tests/less/selection`."""
+
+    @pytest.fixture
+    def one(self, choose, targets):
+        def call(**changes):
+            (selection,) = choose(**{"targets": {"tones": targets["tones"]}, "count": 6} | changes)
+            return selection
+
+        return call
+
+    @pytest.fixture
+    def kinds(self, lines):
+        rows = [json.loads(line) for line in lines if not line.startswith("{bad")]
+        return {row["id"]: row.get("kind") for row in rows}
+
+    def test_a_row_says_why_it_was_taken(self, one):
+        assert {column["influence_reason"] for column in one().columns} <= {"best for a", "best for b"}
+
+    def test_values_of_a_column_take_turns(self, one, kinds):
+        selection = one(balance="kind")
+        turns = [kinds[name] for name in selection.ids]
+        assert selection.choice.why == [f"turn of kind {kind}" for kind in turns]
+        assert turns[0] != turns[1]
+
+    def test_a_cap_holds(self, one, kinds):
+        first = kinds[one().ids[0]]
+        capped = one(count=10, caps=[f"kind={first}:1"])
+        assert [kinds[name] for name in capped.ids].count(first) == 1
+        assert capped.choice.passed_over[f"cap kind={first}"] > 0
+
+    def test_a_token_budget_is_not_exceeded(self, one, store):
+        rows = Datastore.open(store).rows()
+        selection = one(count=None, token_budget=20)
+        assert 0 < rows.num_supervised_N[selection.positions].sum() <= 20
+
+    def test_an_exact_duplicate_is_left_out(self, one):
+        everything, distinct = one(count=13), one(count=13, duplicates="exact")
+        assert len(everything.ids) == 13
+        assert len(distinct.ids) == 12
+        assert distinct.choice.passed_over == {"duplicate": 1}
+
+    @pytest.mark.parametrize("dtype", ["int8", "float32"])
+    def test_a_row_alike_in_gradient_space_is_left_out(self, build, pool, targets, tmp_path, dtype):
+        store = build(tmp_path / "ds", pool, feature_dtype=dtype)
+        (selection,) = select(
+            datastore=store, targets=targets["sums"], count=13, near_duplicates=0.9999, progress=False
+        )
+        assert len(selection.ids) == 12
+        assert selection.choice.passed_over == {"near-duplicate": 1}
+
+    @pytest.mark.parametrize("diversity", ["mmr", "facility-location"])
+    def test_diversity_takes_the_number_asked_for(self, one, diversity):
+        selection = one(diversity=diversity)
+        assert len(set(selection.positions.tolist())) == 6
+        assert all(reason.startswith(f"{diversity}, best for ") for reason in selection.choice.why)
+
+    def test_negative_targets_lower_the_rows_that_point_to_them(self, one, targets):
+        plain, away = one(count=13), one(count=13, away_from={"bad": targets["sums"]}, away_weight=2.0)
+        scores = dict(zip(plain.positions.tolist(), plain.scores.tolist(), strict=True))
+        assert all("influence_away" in column for column in away.columns)
+        for position, score, pull in zip(away.positions.tolist(), away.scores, away.away, strict=True):
+            assert score == pytest.approx(scores[position] - 2 * max(pull, 0), abs=1e-5)
+        assert away.influence.target_sets == ("tones", "tones")
+
+    def test_negative_targets_forbid_the_rows_above_a_threshold(self, one, targets, tmp_path):
+        pulls = one(count=13, away_from={"bad": targets["sums"]}).away
+        threshold = float(np.median(pulls))
+        selection = one(away_from={"bad": targets["sums"]}, away_above=threshold, scores=tmp_path / "scores.jsonl")
+        assert (selection.away < threshold).all()
+        assert all("away" in line for line in read_lines(tmp_path / "scores.jsonl") if line["score"] is not None)
+
+    def test_one_set_cannot_be_both_wanted_and_avoided(self, one, targets):
+        with pytest.raises(SettingError, match="tones is both to be learnt and to be avoided"):
+            one(away_from={"tones": targets["sums"]})
+
+    def test_settings_come_from_a_file_and_words_stand_before_it(self, one, tmp_path):
+        (tmp_path / "s.toml").write_text('count = 2\nduplicates = "exact"\n')
+        assert one(count=None, config=tmp_path / "s.toml").ids == one(count=2, duplicates="exact").ids
+        assert len(one(count=5, config=tmp_path / "s.toml").ids) == 5
+
+    def test_an_unknown_setting_is_a_type_error(self, one):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+            one(colour="red")
 
 
 class TestDataset:
