@@ -17,11 +17,13 @@ import click
 from cli.building import build_datastore_command
 from cli.embedding import build_embeddings_command
 from cli.evaluating import evaluate_command
+from cli.indexing import explain_command, index_command
 from cli.inspecting import inspect_command
 from cli.preferences import ches_group
 from cli.quickstart import quickstart_command
 from cli.rendering import render_command
 from cli.selecting import select_command
+from cli.storing import datastore_group
 from cli.training import warmup_command
 from cli.verifying import verify_command
 
@@ -62,6 +64,9 @@ for command in (
     render_command,
     inspect_command,
     verify_command,
+    index_command,
+    explain_command,
+    datastore_group,
     quickstart_command,
     ches_group,
 ):

@@ -12,18 +12,27 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datastore.build import Build, SourceEntry
+    from datastore.coding import CodedRows
+    from datastore.deletion import delete_rows, find_rows, verify_deleted
+    from datastore.derive import compact_store, convert_store, merge_stores, split_store
     from datastore.files import check_free_space
+    from datastore.index import GradientIndex, IndexConfig, build_index
     from datastore.manifest import Manifest, RowRange
     from datastore.search import nearest_rows
     from datastore.shards import Shard, ShardKey, SkippedRow
+    from datastore.similarity import GradientSpace
     from datastore.store import Block, Datastore, RowStats, RowTable
     from datastore.writer import DatastoreWriter
 
 __all__ = [
     "Block",
     "Build",
+    "CodedRows",
     "Datastore",
     "DatastoreWriter",
+    "GradientIndex",
+    "GradientSpace",
+    "IndexConfig",
     "Manifest",
     "RowRange",
     "RowStats",
@@ -32,16 +41,29 @@ __all__ = [
     "ShardKey",
     "SkippedRow",
     "SourceEntry",
+    "build_index",
     "check_free_space",
+    "compact_store",
+    "convert_store",
+    "delete_rows",
+    "find_rows",
+    "merge_stores",
     "nearest_rows",
+    "split_store",
+    "verify_deleted",
 ]
 
 _MODULES = {
     "build": ("Build", "SourceEntry"),
+    "coding": ("CodedRows",),
+    "deletion": ("delete_rows", "find_rows", "verify_deleted"),
+    "derive": ("compact_store", "convert_store", "merge_stores", "split_store"),
     "files": ("check_free_space",),
+    "index": ("GradientIndex", "IndexConfig", "build_index"),
     "manifest": ("Manifest", "RowRange"),
     "search": ("nearest_rows",),
     "shards": ("Shard", "ShardKey", "SkippedRow"),
+    "similarity": ("GradientSpace",),
     "store": ("Block", "Datastore", "RowStats", "RowTable"),
     "writer": ("DatastoreWriter",),
 }

@@ -4,7 +4,8 @@ The answer is exact: FAISS multiplies a block at a time, on a GPU where there is
 largest is made here, so that equal scores go to the earlier row. (`faiss.knn` leaves ties open, and took
 twice the time of the product alone on a CPU.) FAISS is imported on first use.
 
-Influence scores, which need every row and not the nearest, are left to `less.influence`.
+The scan of several checkpoints at once is `similarity`, an index that reads part of the rows `index`. Influence scores,
+which need every row and not the nearest, are left to `less.influence`.
 """
 
 import importlib
@@ -15,10 +16,11 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 
+from datastore.coding import as_float32
 from datastore.errors import GradsiftError, SettingError
 from datastore.store import Datastore
 
-__all__ = ["import_faiss", "nearest_rows", "nearest_rows_ref", "use_gpu"]
+__all__ = ["Best", "import_faiss", "inner_product", "nearest_rows", "nearest_rows_ref", "use_gpu"]
 
 DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss-gpu-cuvs", "faiss-cuda")
 QUERIES_AT_ONCE = 1024  # bounds the scores held at a time to these × one shard
@@ -71,31 +73,41 @@ def nearest_rows(
     Raises `SettingError` for a k below 1 or queries of another shape or not finite, `DamagedStoreError`.
     """
     _check(store, feature_set, queries_MK, k)
-    inner_product = _inner_product()
-    M, k = len(queries_MK), min(k, store.num_rows)
-    scores_Mk = np.full((M, k), -np.inf, np.float32)
-    positions_Mk = np.full((M, k), -1, np.int64)
+    multiply, best = inner_product(), Best(len(queries_MK), min(k, store.num_rows))
     for block in store.iter_blocks(feature_set, checkpoint):
-        features_nK = np.ascontiguousarray(block.features_nK, np.float32)
-        for first in range(0, M, QUERIES_AT_ONCE):
-            some = slice(first, first + QUERIES_AT_ONCE)
-            scores_mn = inner_product(np.ascontiguousarray(queries_MK[some]), features_nK)  # (m, n)
-            better_mn = scores_mn > scores_Mk[some, -1:]  # an equal score would lose: its row is later
-            for m in np.flatnonzero(better_mn.any(axis=1)):
-                found = np.flatnonzero(better_mn[m])
-                scores = np.concatenate([scores_Mk[first + m], scores_mn[m, found]])
-                positions = np.concatenate([positions_Mk[first + m], block.start + found])
-                best = np.argsort(-scores, kind="stable")[:k]
-                scores_Mk[first + m], positions_Mk[first + m] = scores[best], positions[best]
-    return scores_Mk, positions_Mk
+        features_nK = as_float32(block.features_nK)
+        for first in range(0, len(queries_MK), QUERIES_AT_ONCE):
+            queries_mK = np.ascontiguousarray(queries_MK[first : first + QUERIES_AT_ONCE])
+            best.add(first, block.start, multiply(queries_mK, features_nK))  # (m, n)
+    return best.scores_Mk, best.positions_Mk
+
+
+class Best:
+    """The k largest scores of each of M queries over the rows seen so far, equal ones to the earlier row."""
+
+    def __init__(self, M: int, k: int) -> None:
+        self.scores_Mk: Scores = np.full((M, k), -np.inf, np.float32)
+        self.positions_Mk: Positions = np.full((M, k), -1, np.int64)
+
+    def add(self, first: int, start: int, scores_mn: Scores) -> None:
+        """Take in the scores of the queries from `first` on the rows from position `start` on: none seen before."""
+        k = self.scores_Mk.shape[1]
+        worst_m1 = self.scores_Mk[first : first + len(scores_mn), -1:]
+        better_mn = scores_mn > worst_m1  # an equal score would lose: its row is later
+        for m in np.flatnonzero(better_mn.any(axis=1)):
+            found = np.flatnonzero(better_mn[m])
+            scores = np.concatenate([self.scores_Mk[first + m], scores_mn[m, found]])
+            positions = np.concatenate([self.positions_Mk[first + m], start + found])
+            order = np.argsort(-scores, kind="stable")[:k]
+            self.scores_Mk[first + m], self.positions_Mk[first + m] = scores[order], positions[order]
 
 
 def nearest_rows_ref(
     store: Datastore, feature_set: str, checkpoint: str, queries_MK: npt.NDArray[np.float32], k: int
 ) -> tuple[Scores, Positions]:
     """`nearest_rows` with the whole store in memory."""
-    features_NK = np.concatenate([block.features_nK for block in store.iter_blocks(feature_set, checkpoint)])
-    scores_MN = queries_MK @ features_NK.astype(np.float32).T
+    features_NK = np.concatenate([as_float32(b.features_nK) for b in store.iter_blocks(feature_set, checkpoint)])
+    scores_MN = queries_MK @ features_NK.T
     positions_Mk = np.argsort(-scores_MN, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores_MN, positions_Mk, axis=1), positions_Mk
 
@@ -110,7 +122,7 @@ def _check(store: Datastore, feature_set: str, queries_MK: npt.NDArray[np.float3
         raise SettingError("queries must be finite")
 
 
-def _inner_product() -> Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32]], Scores]:
+def inner_product() -> Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32]], Scores]:
     """(m, K), (n, K) → (m, n), on the GPU where FAISS has one."""
     faiss = import_faiss()
     if use_gpu():

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from less.checkpoints import EvidenceWarning
+    from less.compaction import compact
     from less.embedding_store import EmbeddingConfig, build_embeddings
     from less.evaluation.experiment import EvaluateConfig, evaluate
     from less.evaluation.summary import Evaluation
+    from less.explanation import ExplainConfig, Explanation, explain
     from less.influence import InfluenceScores
     from less.methods import score
     from less.pipeline import BuildConfig, BuildResult, build_datastore
     from less.ranking import Selection, select
     from less.scoring import ScoreConfig
+    from less.selection import SelectConfig
     from less.training import WarmupConfig, WarmupResult, warmup
     from less.verification.audit import VerifyConfig, verify
     from less.verification.certificate import Certificate
@@ -30,15 +33,20 @@ __all__ = [
     "EvaluateConfig",
     "Evaluation",
     "EvidenceWarning",
+    "ExplainConfig",
+    "Explanation",
     "InfluenceScores",
     "ScoreConfig",
+    "SelectConfig",
     "Selection",
     "VerifyConfig",
     "WarmupConfig",
     "WarmupResult",
     "build_datastore",
     "build_embeddings",
+    "compact",
     "evaluate",
+    "explain",
     "score",
     "select",
     "verify",
@@ -53,15 +61,20 @@ _HOME = {
     "EvaluateConfig": "evaluation.experiment",
     "Evaluation": "evaluation.summary",
     "EvidenceWarning": "checkpoints",
+    "ExplainConfig": "explanation",
+    "Explanation": "explanation",
     "InfluenceScores": "influence",
     "ScoreConfig": "scoring",
+    "SelectConfig": "selection",
     "Selection": "ranking",
     "VerifyConfig": "verification.audit",
     "WarmupConfig": "training",
     "WarmupResult": "training",
     "build_datastore": "pipeline",
     "build_embeddings": "embedding_store",
+    "compact": "compaction",
     "evaluate": "evaluation.experiment",
+    "explain": "explanation",
     "score": "methods",
     "select": "ranking",
     "verify": "verification.audit",

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("cli", "ches", "less", "datastore")  # each may import itself and those to its right
-PACKAGES = ("ches", "cli", "datastore", "less", "less.data", "less.projection")
+PACKAGES = ("ches", "cli", "datastore", "less", "less.data", "less.projection", "less.selection")
 CORE = ("ches", "less", "datastore")
 ABSENT = ("click", "rich", "datasets", "faiss", "pyarrow")
 

@@ -115,10 +115,11 @@ def test_fraction_out_of_range(warmup, select, fraction):
 
 
 def test_count_out_of_range(select):
-    assert "count must be between 1 and the 40 scored rows, got 0" in select("--count", 0).error
-    assert "got 41" in select("--count", 41).error
-    assert "either a fraction or a count" in select("--count", 1, "--fraction", 0.1).error
-    assert "either a fraction or a count" in select("--strict").error
+    assert "count must be a whole number, at least 1, got 0" in select("--count", 0).error
+    assert "count must be between 1 and the 40 scored rows, got 41" in select("--count", 41).error
+    both = select("--count", 1, "--fraction", 0.1).error
+    assert "give one of fraction, count, token_budget, got fraction 0.1, count 1" in both
+    assert "give one of fraction, count, token_budget, got none of them" in select("--strict").error
 
 
 @pytest.mark.parametrize(
