@@ -39,7 +39,7 @@ import less.scoring
 from cli.main import gradsift
 from datastore import Datastore, DatastoreWriter, Shard, ShardKey, SourceEntry
 from less import build_datastore, warmup
-from less.scan import influence_scores
+from less.scan import influence_scores, iter_scores
 from less.selection import num_to_select, select_top
 
 FEATURE_SET, CHECKPOINT = "random", "checkpoint-1"
@@ -293,7 +293,8 @@ def select_stages(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         model=args.model, checkpoints=run.output, data=folder / "pool.jsonl", datastore=folder / "ds",
         proj_dim=args.proj_dim, progress=False,
     )  # fmt: skip
-    command = ["--datastore", folder / "ds", "--targets", args.targets, "--fraction", FRACTION, "--quiet"]
+    command = ["--datastore", folder / "ds", "--targets", args.targets, "--fraction", FRACTION]
+    command += ["--no-keep-scores", "--quiet"]
     rounds: list[dict[str, float]] = []
     for n in range(args.rounds + 1):
         own = ["select", *command, "--output", folder / f"selected-{n}.jsonl"]
@@ -345,12 +346,17 @@ def staged(begin: float, command: list[str], report: str) -> None:
 
         return run
 
-    scorer = less.scoring.Scorer
+    scorer, make = less.scoring.Scorer, less.scoring.Scorer.__init__
+
+    def open_with_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        _ = self.model  # it is loaded when it is first needed, which would count as a target's time
+
     with (
-        patch.object(scorer, "__init__", in_stage(MODEL, scorer.__init__)),
+        patch.object(scorer, "__init__", in_stage(MODEL, open_with_model)),
         patch.object(scorer, "load_targets", in_stage(MODEL, scorer.load_targets)),
         patch.object(scorer, "target_features", in_stage(TARGETS, scorer.target_features, whole=list)),
-        patch.object(less.scoring, "influence_scores", in_stage(SCAN, influence_scores)),
+        patch.object(less.scoring, "iter_scores", in_stage(SCAN, iter_scores, whole=list)),
         patch.object(Datastore, "rows", in_stage(SCAN, Datastore.rows)),
         patch.object(less.ranking, "write_selected", in_stage(WRITING, less.ranking.write_selected)),
     ):
