@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-__all__ = ["CLIP", "agreement", "data_uri", "density", "histogram", "shown_range"]
+__all__ = ["CLIP", "agreement", "compared", "data_uri", "density", "histogram", "shown_range"]
 
 CLIP = (0.025, 0.975)
 """Quantiles between which axes are drawn; what is beyond stands at the rim."""
@@ -68,17 +68,54 @@ def histogram(x_N: NDArray[np.float64], *, label: str) -> Figure:
         return figure
 
 
-def density(x_N: NDArray[np.float64], y_N: NDArray[np.float64], *, xlabel: str, ylabel: str) -> Figure:
-    """One value against another, each over its `shown_range`: points, or where there are many, hexagons.
+def compared(x_N: NDArray[np.float64], is_selected_N: NDArray[np.bool_], *, label: str) -> Figure:
+    """How the selected rows are spread, as a line, over how all are; each as shares of its own number of rows.
 
-    A value beyond is drawn at the rim.
+    What is beyond the `shown_range` of both adds to the outermost bars.
 
     Args:
-        x_N, y_N: at least one finite value each, of the same rows.
+        x_N: at least one finite value.
+        is_selected_N: which of the rows are selected: at least one.
+        label: of the horizontal axis.
     """
     with mpl.rc_context(STYLE):
         figure, axes = _figure(4.4, 2.3)
-        xlim, ylim = _with_width(shown_range(x_N)), _with_width(shown_range(y_N))
+        span = _with_width(_range_of_both(x_N, is_selected_N))
+        for values, kind, color, name in (
+            (x_N, "stepfilled", _RIM, "pool"),
+            (x_N[is_selected_N], "step", _MARK, "selected"),
+        ):
+            shares = np.full(len(values), 100 / len(values))
+            style: dict[str, Any] = {"histtype": kind, "color": color, "linewidth": 1.3, "label": name}
+            axes.hist(np.clip(values, *span), bins=_BINS, range=span, weights=shares, **style)
+        axes.set(xlim=span, xlabel=label, ylabel="% of the rows")
+        axes.legend(frameon=False, loc="best", handlelength=1.2)
+        _sparse_ticks(axes)
+        return figure
+
+
+def density(
+    x_N: NDArray[np.float64],
+    y_N: NDArray[np.float64],
+    *,
+    xlabel: str,
+    ylabel: str,
+    counted: str = "pairs",
+    is_selected_N: NDArray[np.bool_] | None = None,
+) -> Figure:
+    """One value against another, each over its `shown_range`: points, or where there are many, hexagons.
+
+    A value beyond is drawn at the rim. A line marks 0, unless rows are selected.
+
+    Args:
+        x_N, y_N: at least one finite value each, of the same rows.
+        xlabel, ylabel: of the axes.
+        counted: what a point is, on the scale of the hexagons.
+        is_selected_N: rows that stand out, at least one; the axes have room for them.
+    """
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(4.4, 2.3)
+        xlim, ylim = (_with_width(_range_of_both(values_N, is_selected_N)) for values_N in (x_N, y_N))
         x_N, y_N = np.clip(x_N, *xlim), np.clip(y_N, *ylim)
         if len(x_N) <= _POINTS:
             size = float(np.clip(2500 / len(x_N), 3, 16))
@@ -88,11 +125,18 @@ def density(x_N: NDArray[np.float64], y_N: NDArray[np.float64], *, xlabel: str, 
                 x_N, y_N, gridsize=(44, 16), extent=(*xlim, *ylim), bins="log", mincnt=1,
                 cmap=_DENSITY, linewidths=0.1, rasterized=True,
             )  # fmt: skip
-            bar = figure.colorbar(hexagons, ax=axes, pad=0.02, aspect=14, label="pairs", format=FuncFormatter(_tick))
+            bar = figure.colorbar(hexagons, ax=axes, pad=0.02, aspect=14, label=counted, format=FuncFormatter(_tick))
             bar.ax.yaxis.set_minor_formatter(NullFormatter())
             bar.outline.set_visible(False)
         axes.set(xlim=xlim, ylim=ylim, xlabel=xlabel, ylabel=ylabel)
-        axes.axvline(0, color=_MARK, linewidth=0.9)
+        if is_selected_N is None:
+            axes.axvline(0, color=_MARK, linewidth=0.9)
+        else:
+            size = float(np.clip(2500 / is_selected_N.sum(), 3, 16))
+            axes.scatter(
+                x_N[is_selected_N], y_N[is_selected_N], s=size, color=_MARK, alpha=0.65, linewidths=0, rasterized=True,
+                clip_on=False,
+            )  # fmt: skip
         _sparse_ticks(axes)
         return figure
 
@@ -120,6 +164,12 @@ def shown_range(x_N: NDArray[np.float64]) -> tuple[float, float]:
     """The values at the quantiles `CLIP`, rounded outwards to values that are there: all of them up to 40 rows."""
     low, high = np.quantile(x_N, CLIP[0], method="lower"), np.quantile(x_N, CLIP[1], method="higher")
     return float(low), float(high)
+
+
+def _range_of_both(x_N: NDArray[np.float64], is_selected_N: NDArray[np.bool_] | None) -> tuple[float, float]:
+    """`shown_range`, widened to that of the selected rows."""
+    ends = [shown_range(x_N)] + ([] if is_selected_N is None else [shown_range(x_N[is_selected_N])])
+    return min(low for low, _ in ends), max(high for _, high in ends)
 
 
 def data_uri(figure: Figure) -> str:

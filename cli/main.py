@@ -22,6 +22,7 @@ from cli.inspecting import inspect_command
 from cli.preferences import ches_group
 from cli.quickstart import quickstart_command
 from cli.rendering import render_command
+from cli.reporting import selection_report_command
 from cli.selecting import select_command
 from cli.storing import datastore_group
 from cli.training import warmup_command
@@ -66,6 +67,7 @@ for command in (
     verify_command,
     index_command,
     explain_command,
+    selection_report_command,
     datastore_group,
     quickstart_command,
     ches_group,

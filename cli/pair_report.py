@@ -11,13 +11,11 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from numpy.typing import NDArray
 
 from ches.pairs import Pair, pair_of
@@ -25,7 +23,6 @@ from ches.scored import ATTRIBUTED, LENGTHS, TRUNCATED
 from cli.figures import CLIP, agreement, data_uri, density, histogram, shown_range
 from cli.report_table import MEASURES, RISKIER_IF_LOW, Making, ScoredTable, find_making
 from cli.report_text import (
-    CHARS_SHOWN,
     beginning,
     count_of,
     cut,
@@ -33,9 +30,9 @@ from cli.report_text import (
     digits_of,
     in_brackets,
     listed,
-    pictured,
-    quoted_as_code,
+    report_template,
     signed,
+    turns_shown,
 )
 from cli.report_tokens import token_view
 from datastore import SkippedRow
@@ -56,7 +53,6 @@ _MUCH_TRUNCATION = 0.05
 
 _PLACES_SHOWN = 5
 _REASONS_SHOWN = 30
-_CHARS_OF_A_HEAD = 40  # of a turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +100,7 @@ def write_report(
     made, remark = find_making(Path(scored).expanduser(), source, table)
     verdict = tuple(_verdict(table, main, made))
     riskiest, safest = _extremes(table, main, num_examples)
-    page = _template().render(
+    page = report_template("pair_report.html.j2").render(
         scored=source.name,
         made=made,
         remark=remark,
@@ -276,7 +272,7 @@ def _examples(
             pair, problem = pair_of(record.columns or {}), ""
         except RowProblem as found:
             pair, problem = Pair(prompt="", chosen="", rejected=""), str(found)
-        prompt = _turns(pair.prompt)
+        prompt = turns_shown(pair.prompt)
         tools = [("tools", cut(json_of(pair.tools)))] if pair.tools else []
         score, attribution = float(table.columns[main][row]), made.examples.get(row) if made else None
         examples.append(
@@ -288,33 +284,11 @@ def _examples(
                 "beginning": beginning(prompt[-1][1], 160) if prompt else "",
                 "problem": problem,
                 "prompt": tools + prompt,
-                "replies": {"chosen": _turns(pair.chosen), "rejected": _turns(pair.rejected)},
+                "replies": {"chosen": turns_shown(pair.chosen), "rejected": turns_shown(pair.rejected)},
                 "tokens": token_view(attribution, main, score, digits[main]) if attribution else None,
             }
         )
     return examples
-
-
-def _turns(said: list[dict[str, Any]] | str) -> list[tuple[str, str]]:
-    """(role, text) of each turn, of many only the last; a text without turns has the role "".
-
-    What a turn holds beside its text, such as a tool call, is shown as JSON.
-    """
-    if isinstance(said, str):
-        return [("", cut(said))]
-    turns: list[tuple[str, str]] = []
-    room = CHARS_SHOWN
-    for number, turn in reversed(list(enumerate(said))):
-        content = turn.get("content")
-        others = {name: value for name, value in turn.items() if name not in ("role", "content") and value is not None}
-        parts = [content if isinstance(content, str) else "" if content is None else json_of(content)]
-        parts += [json_of(others)] if others else []
-        text = cut("\n".join(part for part in parts if part))
-        room -= len(text) + _CHARS_OF_A_HEAD
-        if room < 0 and turns:
-            return [("", f"[… {count_of(number + 1, 'earlier turn')} left out …]"), *turns]
-        turns.insert(0, (str(turn.get("role", "")), text))
-    return turns
 
 
 # Rows with a problem
@@ -345,20 +319,3 @@ def _problems(source: Source, table: ScoredTable, made: Making | None) -> list[d
             }
         )
     return lines
-
-
-# Text on the page
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=pictured,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["quoted_as_code"] = quoted_as_code
-    return environment.get_template("pair_report.html.j2")

@@ -1,14 +1,19 @@
-"""Texts and numbers as a report shows them: cut, made visible, with sensible digits."""
+"""Texts and numbers as a report shows them: cut, made visible, with sensible digits; and the page's template."""
 
 import math
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
+
+from less.data.sources import json_of
 
 __all__ = [
     "CHARS_SHOWN",
@@ -21,12 +26,15 @@ __all__ = [
     "listed",
     "pictured",
     "quoted_as_code",
+    "report_template",
     "signed",
+    "turns_shown",
 ]
 
 CHARS_SHOWN = 4000
 """Of a text."""
 _CHARS_OF_THE_END = 1000
+_CHARS_OF_A_HEAD = 40  # of a turn
 
 
 def beginning(text: str, width: int) -> str:
@@ -63,7 +71,7 @@ def _picture(match: re.Match[str]) -> str:
 
 def quoted_as_code(sentence: str) -> Markup:
     """`name` → <code>name</code>."""
-    parts = [escape(part) for part in sentence.split("`")]
+    parts = [escape(pictured(part)) for part in sentence.split("`")]
     return Markup("").join(Markup("<code>{}</code>").format(part) if n % 2 else part for n, part in enumerate(parts))
 
 
@@ -101,3 +109,40 @@ def count_of(number: int, what: str) -> str:
 def listed(names: Sequence[str], last: str = "and") -> str:
     """`a, b and c`."""
     return f" {last} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def turns_shown(said: list[dict[str, Any]] | str) -> list[tuple[str, str]]:
+    """(role, text) of each turn, of many only the last; a text without turns has the role "".
+
+    What a turn holds beside its text, such as a tool call, is shown as JSON.
+    """
+    if isinstance(said, str):
+        return [("", cut(said))]
+    turns: list[tuple[str, str]] = []
+    room = CHARS_SHOWN
+    for number, turn in reversed(list(enumerate(said))):
+        content = turn.get("content")
+        others = {name: value for name, value in turn.items() if name not in ("role", "content") and value is not None}
+        parts = [content if isinstance(content, str) else "" if content is None else json_of(content)]
+        parts += [json_of(others)] if others else []
+        text = cut("\n".join(part for part in parts if part))
+        room -= len(text) + _CHARS_OF_A_HEAD
+        if room < 0 and turns:
+            return [("", f"[… {count_of(number + 1, 'earlier turn')} left out …]"), *turns]
+        turns.insert(0, (str(turn.get("role", "")), text))
+    return turns
+
+
+@cache
+def report_template(name: str) -> Template:
+    """A page's template: every value in it is escaped and made visible."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=pictured,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["quoted_as_code"] = quoted_as_code
+    return environment.get_template(name)

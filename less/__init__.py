@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from less.ranking import Selection, select
     from less.scoring import ScoreConfig
     from less.selection import SelectConfig
+    from less.selection_report import SelectionReport, report_selection
     from less.training import WarmupConfig, WarmupResult, warmup
     from less.verification.audit import VerifyConfig, verify
     from less.verification.certificate import Certificate
@@ -39,6 +40,7 @@ __all__ = [
     "ScoreConfig",
     "SelectConfig",
     "Selection",
+    "SelectionReport",
     "VerifyConfig",
     "WarmupConfig",
     "WarmupResult",
@@ -47,6 +49,7 @@ __all__ = [
     "compact",
     "evaluate",
     "explain",
+    "report_selection",
     "score",
     "select",
     "verify",
@@ -67,6 +70,7 @@ _HOME = {
     "ScoreConfig": "scoring",
     "SelectConfig": "selection",
     "Selection": "ranking",
+    "SelectionReport": "selection_report",
     "VerifyConfig": "verification.audit",
     "WarmupConfig": "training",
     "WarmupResult": "training",
@@ -75,6 +79,7 @@ _HOME = {
     "compact": "compaction",
     "evaluate": "evaluation.experiment",
     "explain": "explanation",
+    "report_selection": "selection_report",
     "score": "methods",
     "select": "ranking",
     "verify": "verification.audit",

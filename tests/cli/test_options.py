@@ -28,6 +28,7 @@ REQUIRED = {
     "verify": ["d"],
     "index": ["d"],
     "explain": ["d", "--row", "r"],
+    "report": ["--datastore", "d", "--selected", "s", "--scores", "a", "--output", "o"],
     "datastore delete": ["d", "--id", "i"],
     "datastore verify-deleted": ["d"],
     "datastore compact": ["d", "o"],
