@@ -63,7 +63,9 @@ _which = bundle(
         "--away-from", multiple=True, metavar="T",
         help="Negative targets: rows that point to them are ranked lower; may be repeated.",
     ),
-    click.option("--away-weight", type=float, metavar="W", help="How much they count.  [default: 1; 0 with --away-above]"),
+    click.option(
+        "--away-weight", type=float, metavar="W", help="How much they count.  [default: 1; 0 with --away-above]"
+    ),
     click.option("--away-above", type=float, metavar="X", help="Leave out rows that score this or more for them."),
 )  # fmt: skip
 
