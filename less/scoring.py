@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from datastore import Datastore
 from datastore.errors import DataError, ProvenanceError, RowError, SettingError
+from datastore.similarity import choose_feature_set
 from less.adapters import adapted_model, load_adapter_weights
 from less.checkpoints import Checkpoint, as_paths, find_checkpoints
 from less.data.batching import BatchBudget, collate, plan_batches
@@ -183,7 +184,7 @@ class Scorer:
     ) -> None:
         self.store, self.config, self.progress = store, config, progress
         self._known: dict[str, Tensor] = {} if known is None else known
-        self.feature_set = self._choose_feature_set()
+        self.feature_set = choose_feature_set(store, config.feature_set)
         if store.num_rows == 0:
             raise DataError(f"{store.path} has no row to score: all {len(store.skipped)} of its pool were skipped")
         if model is None:
@@ -331,18 +332,6 @@ class Scorer:
                 raise RowError(message) if self.config.strict else DataError(f"no target is left: {message}")
             alive.append(target_set.without(problems))
         return alive
-
-    def _choose_feature_set(self) -> str:
-        available = self.store.feature_sets
-        if self.config.feature_set is None and len(available) == 1:
-            return available[0]
-        if self.config.feature_set not in available:
-            asked = "none was chosen" if self.config.feature_set is None else f"no {self.config.feature_set!r}"
-            raise SettingError(
-                f"{self.store.path} holds the feature sets {', '.join(available)}, {asked}; "
-                "choose one with --feature-set"
-            )
-        return self.config.feature_set
 
     def _find_checkpoints(self, given: Any) -> list[Checkpoint]:
         """The store's checkpoints, found again, under the store's names and weights."""
