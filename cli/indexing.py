@@ -1,11 +1,11 @@
 """`gradsift index` and `gradsift explain`."""
 
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.json_files import check_writable, write_json
 from cli.libraries import hush_libraries
 from cli.options import found_again_options, output_options
 from cli.showing import human_bytes, one_line, show_numbers, show_skipped, show_table, table, visible
@@ -96,19 +96,14 @@ def explain_command(quiet: bool, debug: bool, json_file: str | None, **options: 
     \b
     gradsift explain store --row pool:17 --targets target.jsonl
     """
-    if json_file and not Path(json_file).absolute().parent.is_dir():
-        raise click.UsageError(f"{json_file} cannot be written: its folder is not there")
+    check_writable(json_file)
     hush_libraries(quiet)
     from less import explain
 
     for name in ("targets", "checkpoints", "data"):
         options[name] = list(options[name]) or None
     found = explain(progress=not quiet, **options)
-    if json_file:
-        import json
-
-        text = json.dumps(found.as_json(), indent=2, ensure_ascii=True, allow_nan=False)
-        Path(json_file).write_text(text + "\n", encoding="utf-8")
+    write_json(json_file, found.as_json())
     if quiet:
         return
     _show_row(found)

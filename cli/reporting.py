@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from cli.json_files import check_writable, write_json
 from cli.options import output_options
 
 __all__ = ["report_command", "selection_report_command"]
@@ -63,19 +64,13 @@ def selection_report_command(
     gradsift report --datastore store --selected selected.jsonl \\
         --scores scores.jsonl --output report.html
     """
-    for file in filter(None, (output, json_file)):
-        if not Path(file).absolute().parent.is_dir():
-            raise click.UsageError(f"{file} cannot be written: its folder is not there")
+    check_writable(output, json_file)
     from cli.selection_report import write_selection_page
     from less import report_selection
 
     report = report_selection(selected=selected, data=list(data) or None, **options)
     write_selection_page(report, output, selected=Path(selected).name)
-    if json_file:
-        import json
-
-        text = json.dumps(report.to_json(), indent=2, ensure_ascii=True, allow_nan=False)
-        Path(json_file).write_text(text + "\n", encoding="utf-8")
+    write_json(json_file, report.to_json())
     if quiet:
         return
     for sentence in report.warnings:

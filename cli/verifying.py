@@ -1,10 +1,10 @@
 """`gradsift verify`."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
+from cli.json_files import check_writable, write_json
 from cli.libraries import hush_libraries
 from cli.options import found_again_options, output_options
 from cli.showing import visible
@@ -60,19 +60,14 @@ def verify_command(quiet: bool, debug: bool, json_file: str | None, **options: A
     gradsift verify store --targets target.jsonl \\
         --require gradient=1e-3,spearman=0.9,contaminated=0
     """
-    if json_file and not Path(json_file).absolute().parent.is_dir():
-        raise click.UsageError(f"{json_file} cannot be written: its folder is not there")
+    check_writable(json_file)
     hush_libraries(quiet)
     from less import verify
 
     for name in ("targets", "checkpoints", "data"):
         options[name] = list(options[name]) or None
     certificate = verify(progress=not quiet, **options)
-    if json_file:
-        import json
-
-        text = json.dumps(certificate.as_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        Path(json_file).write_text(text + "\n", encoding="utf-8")
+    write_json(json_file, certificate.as_json(), ascii_only=False)
     if not quiet:
         for line in certificate.verdicts:
             _show(line)

@@ -25,7 +25,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from datastore import Datastore
-from datastore.errors import DiskFullError, StoreError
+from datastore.errors import StoreError
 from datastore.files import canonical_json, check_free_space, hash_file, lock_folder, make_folder, write_atomic
 from less.scan import Parts, gather_scores
 
@@ -137,7 +137,7 @@ class ScoreMatrix:
             check_free_space(self.path, 4 * self._num_rows * num_subtasks)
             make_folder(self.path)
             return lock_folder(self.path)
-        except (StoreError, DiskFullError, OSError):
+        except (StoreError, OSError):
             return None
 
     def _remove_stale(self) -> None:

@@ -217,8 +217,8 @@ class Scorer:
         Raises:
             DataError: no target of a set has one; RowError: one has none, under `strict`.
         """
-        matrix = ScoreMatrix(self.store, self._made_of(target_sets))
-        kept = matrix.load(verify=self.config.verify) if self.config.keep_scores else None
+        matrix = ScoreMatrix(self.store, self._made_of(target_sets)) if self.config.keep_scores else None
+        kept = None if matrix is None else matrix.load(verify=self.config.verify)
         if kept is not None:
             scores_NJ, dead = kept[0], {m: RowProblem(*problem) for m, *problem in kept[1]["dead_targets"]}
             target_sets = self._without(target_sets, dead)
@@ -234,9 +234,9 @@ class Scorer:
         return influence, target_sets
 
     def _scan(
-        self, target_sets: Sequence[TargetSet], matrix: ScoreMatrix
+        self, target_sets: Sequence[TargetSet], matrix: ScoreMatrix | None
     ) -> tuple[NDArray[np.float32], list[TargetSet]]:
-        """Features of the targets, and one scan, into `matrix` if scores are to be kept."""
+        """Features of the targets, and one scan, into `matrix` if there is one."""
         features, alive, dead = self._usable(target_sets)
         columns, subtask_M = columns_of(alive)
         config = self.config
@@ -250,7 +250,7 @@ class Scorer:
             iter_scores, self.store, self.feature_set, queries_JK, self._weights, normalize=config.normalize,
             device=resolve_device(config.device), verify=config.verify, progress=self.progress,
         )  # fmt: skip
-        if not config.keep_scores:
+        if matrix is None:
             return gather_scores(self.store.num_rows, len(columns), scan(first=0)), alive
         digest = hashlib.sha256(b"".join(query_JK.numpy().tobytes() for query_JK in queries_JK.values())).hexdigest()
         kept = {"dead_targets": [[m, problem.reason, problem.detail] for m, problem in dead.items()]}
