@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datastore.search import nearest_rows
     from datastore.shards import Shard, ShardKey, SkippedRow
     from datastore.similarity import GradientSpace
-    from datastore.store import Block, Datastore, RowStats, RowTable
+    from datastore.store import Block, Datastore, RowIds, RowStats, RowTable
     from datastore.writer import DatastoreWriter
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "GradientSpace",
     "IndexConfig",
     "Manifest",
+    "RowIds",
     "RowRange",
     "RowStats",
     "RowTable",
@@ -64,7 +65,7 @@ _MODULES = {
     "search": ("nearest_rows",),
     "shards": ("Shard", "ShardKey", "SkippedRow"),
     "similarity": ("GradientSpace",),
-    "store": ("Block", "Datastore", "RowStats", "RowTable"),
+    "store": ("Block", "Datastore", "RowIds", "RowStats", "RowTable"),
     "writer": ("DatastoreWriter",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

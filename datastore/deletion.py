@@ -307,7 +307,8 @@ class _Search:
 def _iter_labels(store: Datastore) -> Iterator[tuple[RowKey, str]]:
     """Key and label of every row that is not deleted, skipped ones too."""
     rows = store.rows(verify=False)
-    yield from zip(zip(rows.sources_N.tolist(), rows.rows_N.tolist(), strict=True), rows.ids, strict=True)
+    keys = zip(map(int, rows.sources_N), map(int, rows.rows_N), strict=True)  # no list: there may be many rows
+    yield from zip(keys, rows.ids, strict=True)
     for span in store.manifest.ranges:
         for row in span.skipped:
             if row.reason != DELETED:

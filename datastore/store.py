@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,10 @@ from datastore.manifest import MANIFEST, Manifest, RowRange
 from datastore.overlap import read_ahead
 from datastore.shards import Shard, ShardKey, SkippedRow, direction_path, open_direction, open_shard
 
-__all__ = ["Block", "Datastore", "RowStats", "RowTable"]
+__all__ = ["Block", "Datastore", "RowIds", "RowStats", "RowTable"]
 
 COLUMN_DTYPES: dict[str, npt.DTypeLike] = {
-    "rows_N": np.int64, "ids": object, "digests_N": np.uint64, "truncated_N": np.bool_,
+    "rows_N": np.int64, "digests_N": np.uint64, "truncated_N": np.bool_,
     "num_tokens_N": np.int32, "num_supervised_N": np.int32,
     "norms_N": np.float32, "grad_norms_N": np.float32, "update_norms_N": np.float32, "losses_N": np.float32,
 }  # fmt: skip
@@ -62,7 +62,7 @@ class RowTable:
     "Number of the source."
     rows_N: npt.NDArray[np.int64]
     "Row number in it; with the source, the row's key."
-    ids: list[str]
+    ids: "RowIds"
     "Labels; they may repeat."
     num_tokens_N: npt.NDArray[np.int32]
     "Tokens after truncation."
@@ -72,6 +72,42 @@ class RowTable:
     "Whether the row was cut to the length limit."
     digests_N: npt.NDArray[np.uint64]
     "Equal for exact duplicates."
+
+
+class RowIds(Sequence[str]):
+    """The label of every position. They stay in the shards until they are asked for, and are quickest in their order.
+
+    Raises what `Datastore.shard` raises when a label is read.
+    """
+
+    def __init__(self, store: "Datastore", feature_set: str, *, verify: bool) -> None:
+        self._store, self._where, self._verify = store, (feature_set, store.checkpoints[0]), verify
+        self._starts = np.cumsum([0, *(rows.num_scored for rows in store.manifest.ranges)])
+        self._last: tuple[int, list[str]] = (-1, [])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        if isinstance(at, slice):
+            return [self[position] for position in range(len(self))[at]]
+        position = range(len(self))[at]
+        number = int(np.searchsorted(self._starts, position, side="right")) - 1
+        if self._last[0] != number:
+            rows = self._store.manifest.ranges[number]
+            shard, keep = self._store._open_kept(*self._where, rows, self._verify)
+            self._last = number, _kept(shard.ids, keep)
+        return self._last[1][position - int(self._starts[number])]
+
+    def __iter__(self) -> Iterator[str]:
+        for _, _, shard, keep in self._store._iter_kept(*self._where, self._verify):
+            yield from _kept(shard.ids, keep)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -217,13 +253,14 @@ class Datastore:
 
         Name the one that is scanned: with `verify`, a shard that was not checked yet is read whole.
         """
-        names = ["rows_N", "ids", "num_tokens_N", "num_supervised_N", "truncated_N", "digests_N"]
-        columns = self._gather(feature_set or self.feature_sets[0], self.checkpoints[0], names, verify)
+        names = ["rows_N", "num_tokens_N", "num_supervised_N", "truncated_N", "digests_N"]
+        feature_set = feature_set or self.feature_sets[0]
+        columns = self._gather(feature_set, self.checkpoints[0], names, verify)
         ranges = self.manifest.ranges
         sources_N = np.repeat(
             np.array([rows.source for rows in ranges], np.int32), [rows.num_scored for rows in ranges]
         )
-        return RowTable(sources_N=sources_N, **{**columns, "ids": columns["ids"].tolist()})
+        return RowTable(sources_N=sources_N, ids=RowIds(self, feature_set, verify=verify), **columns)
 
     def stats(self, feature_set: str, checkpoint: str, *, verify: bool = True) -> RowStats:
         """Norms and loss of every position."""
@@ -336,3 +373,7 @@ class Datastore:
             if name not in names:
                 known = ", ".join(name for name in names if name)
                 raise SettingError(f"the datastore {self.path} has no {what} {name!r}; it has {known}.")
+
+
+def _kept(ids: list[str], keep: Keep) -> list[str]:
+    return ids if isinstance(keep, slice) else list(compress(ids, keep))

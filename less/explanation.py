@@ -468,7 +468,7 @@ def _rank_for(name: str, influence: InfluenceScores, position: int) -> TargetSet
         name=name,
         score=float(own.score_N[position]),
         rank=int(ranks(own.score_N)[position]),
-        subtask=own.subtask_N[position],
+        subtask=own.subtasks[own.column_N[position]],
     )
 
 

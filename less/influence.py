@@ -52,6 +52,8 @@ class InfluenceScores:
         if missing := set(target_sets) - set(self.target_sets):
             raise KeyError(f"no target set {min(missing)!r}; there are {sorted(set(self.target_sets))}")
         several = len(target_sets) > 1
+        span = slice(columns[0], columns[-1] + 1) if columns else slice(0)
+        side_by_side = len(columns) == len(self.subtasks[span])  # then a view: the scores may be larger than memory
 
         def label(j: int) -> str:
             name, subtask = self.target_sets[j], self.subtasks[j]
@@ -59,7 +61,7 @@ class InfluenceScores:
 
         return InfluenceScores(
             rows=self.rows,
-            scores_NJ=self.scores_NJ[:, columns],
+            scores_NJ=self.scores_NJ[:, span if side_by_side else columns],
             subtasks=tuple(label(j) for j in columns),
             target_sets=tuple(self.target_sets[j] for j in columns),
         )
@@ -70,9 +72,9 @@ class InfluenceScores:
         return self.scores_NJ.max(axis=1)
 
     @cached_property
-    def subtask_N(self) -> list[str]:
-        """The subtask that gives each row its score; the first one where several do."""
-        return [self.subtasks[j] for j in self.scores_NJ.argmax(axis=1)]
+    def column_N(self) -> NDArray[np.int64]:
+        """The column, a subtask, that gives each row its score; the first one where several do."""
+        return self.scores_NJ.argmax(axis=1)
 
 
 def check_formula(aggregate: str, normalize: str) -> None:

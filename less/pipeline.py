@@ -256,7 +256,7 @@ def build_datastore(
         num_scored=store.num_rows,
         num_computed=num_computed,
         skipped=tuple(store.skipped),
-        num_repeated_ids=len(rows.ids) - len(set(rows.ids)),
+        num_repeated_ids=store.num_rows - len(np.unique(np.fromiter(map(hash, rows.ids), np.int64, store.num_rows))),
         num_duplicates=len(rows.digests_N) - len(np.unique(rows.digests_N)),
         num_bytes=store.num_bytes,
         seconds=time.monotonic() - start,

@@ -296,8 +296,7 @@ def _warn_of_other_targets(store: Datastore, target_sets: Sequence[TargetSet]) -
 
 def _score_lines(store: Datastore, influence: InfluenceScores, away_N: NDArray[np.float32] | None) -> Iterator[str]:
     """One JSON object a candidate, in the pool's order; a skipped row has its reason in place of scores."""
-    rows, rank_N = influence.rows, ranks(influence.score_N)
-    position = 0
+    rank_N, ids, position = ranks(influence.score_N), iter(influence.rows.ids), 0
     for span in store.manifest.ranges:
         skipped = {row.row: row for row in span.skipped}
         for row in range(span.start, span.stop):
@@ -307,9 +306,9 @@ def _score_lines(store: Datastore, influence: InfluenceScores, away_N: NDArray[n
                 line["skipped"] = skipped[row].reason
             else:
                 line = {
-                    "id": rows.ids[position],
+                    "id": next(ids),
                     "score": float(influence.score_N[position]),
-                    "subtask": influence.subtask_N[position],
+                    "subtask": influence.subtasks[influence.column_N[position]],
                     "rank": int(rank_N[position]),
                     "scores": dict(zip(influence.subtasks, influence.scores_NJ[position].tolist(), strict=True)),
                 }

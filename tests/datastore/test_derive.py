@@ -329,7 +329,7 @@ def test_a_compacted_store_has_the_rows_that_are_left_under_their_new_numbers(tm
     rows = new.rows()
     assert [left[row] for row in rows.rows_N] == old.rows().rows_N.tolist()
     if gone:
-        assert rows.ids == [f"kept-{left[row]}" for row in rows.rows_N]
+        assert list(rows.ids) == [f"kept-{left[row]}" for row in rows.rows_N]
         assert [(left[r.row], r.where, r.id, r.reason) for r in new.skipped] == [
             (row, f"edited:{left.index(row) + 1}", f"kept-{row}", reason)
             for row, reason in ((1, "not finite"), (7, "zero norm"))

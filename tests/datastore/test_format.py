@@ -126,7 +126,7 @@ def test_safetensors_alone_reads_a_shard(example):
 
 def test_the_example_reads_back(example):
     store = Datastore.open(example)
-    assert (store.num_rows, store.proj_dim("adam"), store.rows().ids) == (2, 2, ["a", "é"])
+    assert (store.num_rows, store.proj_dim("adam"), [*store.rows().ids]) == (2, 2, ["a", "é"])
     assert store.manifest.counts == {"num_rows": 3, "num_scored": 2, "num_skipped": {"not JSON": 1}}
     assert store.manifest.shards[SHARD].notes == {"oom_retries": 1}
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_stores import K, build_store, make_shard, source, tree
 
-from datastore import Datastore, RowStats, store
+from datastore import Datastore, RowIds, RowStats, store
 from datastore.build import json_hash
 from datastore.deletion import delete_rows
 from datastore.errors import DamagedStoreError, FormatVersionError, SettingError, StoreError
@@ -45,7 +45,7 @@ def test_a_row_that_is_bad_at_any_checkpoint_is_nowhere(folder):
     opened = Datastore.open(folder)
     table = opened.rows()
     assert list(zip(table.sources_N, table.rows_N, strict=True)) == [(0, 0), (0, 2), (0, 3), (0, 5), (1, 3)]
-    assert table.ids == ["id-0", "id-2", "id-3", "id-5", "id-3"]
+    assert list(table.ids) == ["id-0", "id-2", "id-3", "id-5", "id-3"]
     assert table.num_tokens_N.tolist() == [10, 12, 13, 15, 13]
     assert table.num_supervised_N.tolist() == [1, 3, 4, 6, 4]
     assert table.truncated_N.tolist() == [False, False, True, True, True]
@@ -92,6 +92,23 @@ def test_blocks_are_the_scored_rows_in_pool_order(tmp_path_factory, num_rows, sh
             found = [features_of(opened, feature_set, checkpoint), *(getattr(stats, n) for n in names)]
             for ours, parts in zip(found, zip(*expected, strict=True), strict=True):
                 np.testing.assert_array_equal(ours, np.concatenate(parts))
+
+
+def test_labels_are_read_from_the_shards_when_they_are_asked_for(folder):
+    ids = Datastore.open(folder).rows(verify=False).ids
+    whole = ["id-0", "id-2", "id-3", "id-5", "id-3"]
+    assert [ids[n] for n in range(-5, 5)] == whole * 2
+    assert (ids[1:4], ids[::-2], ids[7:]) == (whole[1:4], whole[::-2], [])
+    assert (len(ids), ids.index("id-3"), ids.count("id-3"), "id-1" in ids) == (5, 2, 2, False)
+    with pytest.raises(IndexError):
+        ids[5]
+    fresh = Datastore.open(folder)
+    ids = RowIds(fresh, "adam", verify=True)
+    alter(folder / SHARD)
+    for use in (lambda: list(ids), lambda: ids[1]):
+        with pytest.raises(DamagedStoreError, match=rf"{SHARD} is damaged: its checksum"):
+            use()
+    assert len(ids) == 5
 
 
 def test_nothing_is_copied_where_no_row_is_dropped(tmp_path):
@@ -431,5 +448,5 @@ def test_a_store_can_be_moved(folder, tmp_path):
 
 
 def test_every_column_has_a_dtype():
-    names = {*store.RowTable.__annotations__, *store.RowStats.__annotations__} - {"sources_N"}
+    names = {*store.RowTable.__annotations__, *store.RowStats.__annotations__} - {"sources_N", "ids"}
     assert names == set(store.COLUMN_DTYPES)

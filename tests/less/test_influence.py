@@ -265,14 +265,20 @@ class TestInfluenceScores:
 
     def test_the_score_is_the_highest_over_the_subtasks_and_the_first_wins_a_tie(self, scores):
         assert scores.score_N[:3].tolist() == [4, -1, 5]
-        assert scores.subtask_N[:3] == ["y", "bbh", "x"]
-        assert len(scores.subtask_N) == NUM_ROWS
+        assert scores.column_N[:3].tolist() == [1, 3, 0]
+        assert len(scores.column_N) == NUM_ROWS
 
     def test_one_target_sets_columns_keep_the_subtasks_names(self, scores):
         own = scores.of("mmlu")
         assert own.subtasks == ("x", "y")
         assert own.scores_NJ[:2].tolist() == [[1, 4], [-4, -3]]
         assert scores.of("bbh").score_N[:3].tolist() == [2, -1, 5]
+
+    def test_columns_side_by_side_are_not_copied_and_others_are_right_too(self, scores):
+        assert np.shares_memory(scores.of("gsm", "bbh").scores_NJ, scores.scores_NJ)
+        apart = scores.of("bbh", "mmlu")
+        assert apart.target_sets == ("mmlu", "mmlu", "bbh")
+        assert np.array_equal(apart.scores_NJ, scores.scores_NJ[:, [0, 1, 3]])
 
     def test_several_target_sets_name_each_column_by_its_set(self, scores):
         both = scores.of("gsm", "mmlu", "bbh")

@@ -108,7 +108,7 @@ class TestEveryMethod:
         )
         np.testing.assert_allclose(gradients.scores_NJ, embeddings.scores_NJ, rtol=1e-5)  # losses by the batch size
         assert (gradients.subtasks, gradients.target_sets) == (embeddings.subtasks, embeddings.target_sets)
-        assert gradients.rows.ids == embeddings.rows.ids
+        assert list(gradients.rows.ids) == list(embeddings.rows.ids)
 
     def test_is_less_for_gradients_and_rds_for_embeddings_unless_named(self, stores, targets):
         for kind, method in (("gradients", "less"), ("embeddings", "rds")):

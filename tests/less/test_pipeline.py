@@ -105,7 +105,7 @@ class TestFeaturesDoNotDependOn:
     def test_the_order_of_the_rows(self, build, rows, reference, tmp_path):
         shuffled = [rows[n] for n in np.random.default_rng(0).permutation(len(rows))]
         build(tmp_path / "ds", shuffled)
-        assert Datastore.open(tmp_path / "ds").rows().ids == [row["id"] for row in shuffled]
+        assert list(Datastore.open(tmp_path / "ds").rows().ids) == [row["id"] for row in shuffled]
         assert_close(features(tmp_path / "ds"), features(reference))
 
     def test_skipped_rows_beside_them(self, build, rows, reference, tmp_path):
@@ -156,7 +156,7 @@ def test_two_identical_builds_give_identical_files(build, pool, reference, tmp_p
 def test_what_is_stored_of_a_row(build, pool, rows, reference, tmp_path, tiny_tokenizer):
     store = Datastore.open(reference)
     table = store.rows()
-    assert table.ids == [row["id"] for row in rows]
+    assert list(table.ids) == [row["id"] for row in rows]
     assert table.rows_N.tolist() == list(range(len(rows)))
     for row, num_tokens, num_supervised in zip(rows, table.num_tokens_N, table.num_supervised_N, strict=True):
         text = tiny_tokenizer.apply_chat_template(row["messages"], tokenize=False)
@@ -285,11 +285,11 @@ class TestAppending:
 
     def test_that_stops_half_way_leaves_the_old_store_readable(self, build, old, new, tmp_path):
         build(tmp_path / "ds", old)
-        ids = Datastore.open(tmp_path / "ds").rows().ids
+        ids = list(Datastore.open(tmp_path / "ds").rows().ids)
         new.write_text(new.read_text() + "{\n")
         with pytest.raises(RowError):
             build(tmp_path / "ds", new, strict=True, shard_rows=8)
-        assert Datastore.open(tmp_path / "ds").rows().ids == ids
+        assert list(Datastore.open(tmp_path / "ds").rows().ids) == ids
         result = build(tmp_path / "ds", [old, new])
         assert (result.num_rows, result.num_scored) == (19, 18)
 
