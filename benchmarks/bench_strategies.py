@@ -208,7 +208,8 @@ def check_against_twin(num_subtasks: int, width: int) -> None:
         choice = pool.choose(fields)
         away = any(field.startswith("away") for field in fields)
         positions, why, passed_over = choose_ref(pool.candidates(away=away), pool.config(fields))
-        if (choice.positions.tolist(), choice.why, choice.passed_over) != (positions, why, passed_over):
+        found = {rule: rows.tolist() for rule, rows in choice.passed_over.items()}
+        if (choice.positions.tolist(), choice.why, found) != (positions, why, passed_over):
             raise SystemExit(f"{name}: the rows are not those of choose_ref; nothing is timed")
 
 
@@ -231,7 +232,7 @@ class Meter:
         peak = resident_bytes("VmHWM")
         self.peaks.append(None if before is None or peak is None else peak - before)
         if isinstance(result, Choice):
-            self.numbers = {"taken": len(result.positions), "passed_over": sum(result.passed_over.values())}
+            self.numbers = {"taken": len(result.positions), "passed_over": sum(map(len, result.passed_over.values()))}
         return result
 
     def measured(self) -> dict[str, Any]:

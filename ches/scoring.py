@@ -34,8 +34,8 @@ from datastore import SkippedRow
 from datastore.errors import SettingError
 from less.data.batching import BatchBudget, run_in_batches
 from less.data.records import Record, RowProblem, Source, skip
-from less.data.rendering import RenderConfig
 from less.lm_head import Unembedding
+from less.loading import LoadingConfig
 from less.models import model_fingerprint
 from less.progress import Progress
 from less.provenance import location_of, running_on
@@ -44,8 +44,8 @@ __all__ = ["ChesConfig", "Measured", "PairScorer"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChesConfig:
-    """Settings of a scoring run. All but the last three decide the scores and are held by the output."""
+class ChesConfig(LoadingConfig):
+    """Settings of a scoring run. All that decides the scores is held by the output."""
 
     measures: str | Sequence[str] = tuple(MEASURES)
     """Of ches, ln_ches, alpha_ches, last_hidden, edit_distance, length_difference and logp; without alpha_ches and
@@ -55,33 +55,19 @@ class ChesConfig:
     end-of-turn token."""
     max_length: int = 1024
     """Tokens of prompt and reply together; the end is cut, as DPOTrainer does."""
-    system_prompt: str = "keep"
-    """keep, none, or the text to put in place of each row's own."""
-    chat_template: str | None = None
-    """tulu, chatml or a file; None takes the tokenizer's own."""
-    dtype: str = "auto"
-    """Of the weights: float32, bfloat16, or auto (bfloat16 on CUDA, float32 on the CPU)."""
-    tokens_per_batch: int | None = None
-    """Padded tokens in one batch; None chooses by device."""
     shard_rows: int = 1024
     """Rows that are kept together while the work goes on: what a killed run loses at most."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    strict: bool = False
-    """Stop at the first pair that cannot be scored."""
-    trust_remote_code: bool = False
-    """Let code that comes with the model run."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if unknown := [name for name in self.measure_names if name not in MEASURES]:
             raise SettingError(f"measures must be among {', '.join(MEASURES)}, got {unknown[0]!r}")
         if not self.measure_names:
             raise SettingError(f"no measure was asked for; expected some of {', '.join(MEASURES)}")
         if self.tokens not in TOKENS:
             raise SettingError(f"tokens must be {' or '.join(TOKENS)}, got {self.tokens!r}")
-        for name in ("max_length", "shard_rows", "tokens_per_batch"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise SettingError(f"{name} must be at least 1, got {value}")
+        if self.shard_rows < 1:
+            raise SettingError(f"shard_rows must be at least 1, got {self.shard_rows}")
 
     @property
     def measure_names(self) -> tuple[str, ...]:
@@ -89,13 +75,6 @@ class ChesConfig:
         asked = (self.measures,) if isinstance(self.measures, str) else tuple(self.measures)
         known = [name for name in MEASURES if name in asked]
         return (*known, *(name for name in asked if name not in MEASURES))
-
-    @property
-    def rendering(self) -> RenderConfig:
-        """How pairs become tokens."""
-        return RenderConfig(
-            max_length=self.max_length, system_prompt=self.system_prompt, chat_template=self.chat_template
-        )
 
 
 class PairScorer:

@@ -101,7 +101,7 @@ def build_datastore_command(quiet: bool, debug: bool, **options: Any) -> None:
     result = build_datastore(progress=not quiet, **options)
     if quiet:
         return
-    show_skipped(result.skipped, result.num_rows)
+    show_skipped(result.skipped, result.num_rows, num_set_aside=result.num_set_aside)
     for count, what in ((result.num_repeated_ids, "have an id"), (result.num_duplicates, "are token for token a row")):
         if count:
             click.echo(f"note: {count} scored rows {what} that came before; all are kept")

@@ -1,4 +1,4 @@
-"""`gradsift index` and `gradsift explain`."""
+"""`gradsift index`, `gradsift explain` and `gradsift near-duplicates`."""
 
 import textwrap
 from typing import TYPE_CHECKING, Any
@@ -11,15 +11,18 @@ from cli.options import found_again_options, output_options
 from cli.showing import human_bytes, one_line, show_numbers, show_skipped, show_table, table, visible
 
 if TYPE_CHECKING:
-    from less import Explanation
+    from less import AlikeRows, Explanation
+    from less.duplicates import AlikeGroup
 
-__all__ = ["explain_command", "index_command"]
+__all__ = ["explain_command", "index_command", "near_duplicates_command"]
 
 _WIDTH = 80
 _SUBTASKS_SHOWN = 8
 _CHECKPOINTS_SHOWN = 4
 _NAME_WIDTH = 24
 _TEXT_WIDTH, _MOMENTUM_WIDTH = 30, 10
+_GROUPS_SHOWN, _PLACE_WIDTH = 8, 30
+_SHARED = "which all rows share; a feature set without it (sgd, adam-no-momentum) tells rows apart better"
 
 
 @click.command("index", short_help="An index of a store, to find near rows fast.")
@@ -138,7 +141,7 @@ def _show_influence(found: "Explanation") -> None:
             f"{one_line(target_set.name, _NAME_WIDTH)}: score {target_set.score:.4f}, rank {target_set.rank:,} of "
             f"{found.num_rows:,}, by {one_line(target_set.subtask, _NAME_WIDTH)}"
         )
-        click.echo(textwrap.fill(sentence, _WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+        _say(sentence)
     click.echo()
     heaviest = sorted(found.checkpoints, key=lambda facts: -facts.weight)[:_CHECKPOINTS_SHOWN]
     names = [facts.name for facts in found.checkpoints if facts in heaviest]
@@ -190,10 +193,102 @@ def _show_neighbours(found: "Explanation") -> None:
     show_table(view)
     said = [f"found by {found.neighbours_by}"]
     if has_momentum and any((near.from_momentum or 0) > near.similarity / 2 for near in found.neighbours):
-        said.append(
-            "note: most of this is Adam's momentum, which all rows share; a feature set without it (sgd, "
-            "adam-no-momentum) tells rows apart better"
-        )
+        said.append(f"note: most of this is Adam's momentum, {_SHARED}")
     for sentence in said:
-        click.echo(textwrap.fill(sentence, _WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+        _say(sentence)
     click.echo()
+
+
+@click.command("near-duplicates", short_help="Groups of rows that are alike in gradient space.")
+@click.argument("datastore", metavar="DS")
+@click.option(
+    "--threshold", default=0.95, show_default=True, metavar="COS", help="Rows at least this similar are alike."
+)
+@click.option(
+    "--output", metavar="OUT", help="Also write every row that would go, with the row that it is like: .jsonl."
+)
+@click.option("--feature-set", metavar="NAME", help="Which feature set, where the store has several.")
+@click.option("--data", multiple=True, metavar="POOL", help="The pool, where it has moved.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Check the files' checksums.")
+@output_options
+def near_duplicates_command(quiet: bool, debug: bool, output: str | None, **options: Any) -> None:
+    """Show which rows of a store are alike in gradient space, by the index that `gradsift index` made.
+
+    Rows that are alike, or joined by rows that are, make a group. The first of them in the pool would stay, the others
+    would go; nothing is changed. OUT has a line for each that would go: id, source and row number, where it stands in
+    the pool, its similarity to the row that would stay, and that row.
+
+    \b
+    gradsift near-duplicates store --threshold 0.95 --output alike.jsonl
+    """
+    check_writable(output)
+    hush_libraries(quiet)
+    from less import near_duplicates
+
+    options["data"] = list(options["data"]) or None
+    found = near_duplicates(output=output, progress=not quiet, **options)
+    if quiet:
+        return
+    _show_groups(found)
+    if output:
+        click.echo(f"written: {output}")
+
+
+def _show_groups(found: "AlikeRows") -> None:
+    limit = f"similarity of {found.threshold:g} or more, found by {found.found_by}"
+    if not found.groups:
+        _say(f"{found.feature_set}: none of the {found.num_rows:,} rows are alike ({limit})")
+        return
+    num_rows = found.num_others + len(found.groups)
+    groups = "1 group" if len(found.groups) == 1 else f"{len(found.groups):,} groups"
+    _say(f"{found.feature_set}: {num_rows:,} of {found.num_rows:,} rows are alike, in {groups} ({limit})")
+    _say(
+        f"the first row of each would stay, {found.num_others:,} would go, {found.num_same_tokens:,} of them with the "
+        "very tokens of the row that would stay"
+    )
+    click.echo()
+    click.echo("the largest groups: the row that would stay, and the row least like it")
+    for group in found.groups[:_GROUPS_SHOWN]:
+        _show_group(group)
+    if (left := len(found.groups) - _GROUPS_SHOWN) > 0:
+        click.echo(f"… {left:,} more")
+    click.echo()
+    if found.num_by_way:
+        _say(
+            f"note: {found.num_by_way:,} of the rows that would go are less like the row that would stay than "
+            f"{found.threshold:g}, and alike by way of other rows; a higher --threshold joins fewer"
+        )
+    if found.num_ids_shared:
+        _say(
+            f"note: {found.num_ids_shared:,} of the rows that would go have the id of a row that would stay; name them "
+            "by source and row number"
+        )
+    if found.num_by_momentum:
+        _say(
+            f"note: for {found.num_by_momentum:,} of the rows that would go most of the similarity is Adam's "
+            f"momentum, {_SHARED}"
+        )
+
+
+def _show_group(group: "AlikeGroup") -> None:
+    lowest, highest = (f"{value:.4f}" for value in group.similarities)
+    facts = [f"{group.num_rows:,} rows", f"similarity {lowest if lowest == highest else f'{lowest}–{highest}'}"]
+    if group.num_same_tokens:
+        of = "" if group.num_same_tokens == len(group.others) else f"{group.num_same_tokens:,} with "
+        facts.append(f"{of}the same tokens")
+    click.echo(", ".join(facts))
+    pair = (group.first, group.least)
+    places = [_place(row.where) for row in pair]
+    width = max(map(len, places))
+    for row, place in zip(pair, places, strict=True):
+        click.echo(f"  {place:{width}}  {one_line(row.text, _WIDTH - width - 4)}".rstrip())
+
+
+def _place(where: str) -> str:
+    """A place in the pool on one line; of a long one the end, which has the number."""
+    place = " ".join(visible(where).split())
+    return place if len(place) <= _PLACE_WIDTH else f"…{place[1 - _PLACE_WIDTH :]}"
+
+
+def _say(sentence: str) -> None:
+    click.echo(textwrap.fill(sentence, _WIDTH, subsequent_indent="  ", break_on_hyphens=False))

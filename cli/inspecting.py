@@ -51,7 +51,8 @@ def inspect_command(datastore: str, verify: bool, as_json: bool, quiet: bool, de
         sources.add_row(source.name, f"{source.num_rows:,}", source.sha256[:12], source.location or "in memory")
     show_table(sources)
     click.echo()
-    show_skipped(store.skipped, sum(source.num_rows for source in store.sources))
+    num_rows = sum(source.num_rows for source in store.sources)
+    show_skipped(store.skipped, num_rows, num_set_aside=store.num_set_aside)
     if verify:
         click.echo("every checksum is right")
 
@@ -85,6 +86,7 @@ def _summary(store: Any) -> dict[str, Any]:
         "path": str(store.path),
         "num_rows": sum(source.num_rows for source in store.sources),
         "num_scored": store.num_rows,
+        "num_set_aside": store.num_set_aside,
         "num_bytes": store.num_bytes,
         "sources": [vars(source) for source in store.sources],
         "settings": store.settings,

@@ -17,7 +17,7 @@ import click
 from cli.building import build_datastore_command
 from cli.embedding import build_embeddings_command
 from cli.evaluating import evaluate_command
-from cli.indexing import explain_command, index_command
+from cli.indexing import explain_command, index_command, near_duplicates_command
 from cli.inspecting import inspect_command
 from cli.preferences import ches_group
 from cli.quickstart import quickstart_command
@@ -67,6 +67,7 @@ for command in (
     verify_command,
     index_command,
     explain_command,
+    near_duplicates_command,
     selection_report_command,
     datastore_group,
     quickstart_command,

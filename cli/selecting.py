@@ -98,7 +98,7 @@ _which = bundle(
 @click.option(
     "--seed", type=int, metavar="S", help="Of --method random and --diversity facility-location.  [default: 0]"
 )
-@click.option("--feature-set", metavar="NAME", help="Which feature set, where the store has several.")
+@click.option("--feature-set", metavar="NAME", help="Features to score and compare by, where there are several.")
 @click.option(
     "--aggregate",
     default="mean-of-cosines",
@@ -172,7 +172,7 @@ def select_command(quiet: bool, debug: bool, **options: Any) -> None:
 
 def _show_choice(choice: Any) -> None:
     """What was passed over, by rule, and what the strategy has to say."""
-    for rule, number in choice.passed_over.items():
-        click.echo(f"passed over {number:,} row{'' if number == 1 else 's'}: {visible(rule)}")
+    for rule, rows in choice.passed_over.items():
+        click.echo(f"passed over {len(rows):,} row{'' if len(rows) == 1 else 's'}: {visible(rule)}")
     for note in choice.notes:
         click.echo(visible(note))

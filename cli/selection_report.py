@@ -30,11 +30,17 @@ from datastore.errors import SettingError
 from less.data import RowProblem, conversation_of, write_lines
 from less.data.sources import json_of
 from less.ranking import FEW_ROWS
+from less.selection import AWAY
 from less.selection_report import QUANTILES, ColumnFacts, SelectionReport, ShownRow
 
 __all__ = ["write_selection_page"]
 
 _VALUES_SHOWN = 12
+_IN_WORDS = {
+    AWAY: "points to the negative targets",
+    "duplicate": "duplicate of a row that was taken",
+    "near-duplicate": "near-duplicate of a row that was taken",
+}
 _UNITS = {"supervised tokens": "supervised tokens", "gradient norm": "gradient norm ‖g‖"}
 
 
@@ -65,6 +71,7 @@ def write_selection_page(
         panels=_panels(report),
         columns=[_column(facts, report) for facts in report.columns],
         subtasks=_subtasks(report),
+        rules=_rules(report),
         away=_away(report),
         groups=[
             ("The first of the selection", _shown(report, report.top)),
@@ -187,18 +194,36 @@ def _subtasks(report: SelectionReport) -> list[dict[str, str]]:
     ]
 
 
-def _away(report: SelectionReport) -> dict[str, str] | None:
+def _rules(report: SelectionReport) -> list[dict[str, str]]:
+    digits = digits_of(np.array([facts.mean_score for facts in report.rules])) if report.rules else 0
+    away = [facts.mean_away for facts in report.rules if facts.mean_away is not None]
+    return [
+        {
+            "rule": beginning(_IN_WORDS.get(facts.rule, facts.rule), 80),
+            "num_rows": f"{facts.num_rows:,}",
+            "mean_score": decimal(facts.mean_score, digits),
+            "best_rank": f"{facts.best_rank:,}",
+            "mean_away": "" if facts.mean_away is None else decimal(facts.mean_away, digits_of(np.array(away))),
+        }
+        for facts in report.rules
+    ]
+
+
+def _away(report: SelectionReport) -> list[tuple[str, str, str]] | None:
+    """Rows, how many they are, and their mean score for the negative targets."""
     if report.away is None:
         return None
     facts = report.away
-    means = {
-        "all scored rows": facts.mean_pool,
-        f"the best {report.num_selected:,} by score alone": facts.mean_best,
-        "those of them that were passed over": math.nan if facts.mean_passed_over is None else facts.mean_passed_over,
-        "the selected rows": facts.mean_selected,
-    }
-    digits = digits_of(np.array([value for value in means.values() if not math.isnan(value)]))
-    return {name: decimal(value, digits) for name, value in means.items()}
+    lines = [
+        ("all scored rows", report.num_rows, facts.mean_pool),
+        ("the best by score alone, as many as are selected", report.num_selected, facts.mean_best),
+        ("the selected rows", report.num_selected, facts.mean_selected),
+        ("left out since they reach the threshold", facts.num_forbidden, facts.mean_forbidden),
+        ("of the best by score alone, ranked behind others", facts.num_outranked, facts.mean_outranked),
+    ]
+    known = [(name, number, mean) for name, number, mean in lines if mean is not None]
+    digits = digits_of(np.array([mean for _, _, mean in known]))
+    return [(name, f"{number:,}", decimal(mean, digits)) for name, number, mean in known]
 
 
 def _shown(report: SelectionReport, rows: Sequence[ShownRow]) -> list[dict[str, Any]]:
@@ -225,6 +250,8 @@ def _shown(report: SelectionReport, rows: Sequence[ShownRow]) -> list[dict[str, 
             values["score for negative targets"] = decimal(row.away, digits)
         if row.reason:
             values["taken"] = beginning(row.reason, 160)
+        if row.passed_over:
+            values["left out by the rule"] = beginning(_IN_WORDS.get(row.passed_over, row.passed_over), 160)
         values |= {"line": row.record.where, "id": beginning(row.id, 120)}
         found.append(
             {

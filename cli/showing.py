@@ -57,16 +57,10 @@ def show_numbers(view: "Table") -> None:
     click.echo()
 
 
-def show_skipped(skipped: Sequence[Any], num_rows: int | None, what: str = "rows") -> None:
+def show_skipped(skipped: Sequence[Any], num_rows: int | None, what: str = "rows", *, num_set_aside: int = 0) -> None:
     """`skipped 4 of 28 rows:` and a table of reasons, each with the first places; rows set aside are only counted."""
-    if not skipped:
-        return
-    from less.selection import SET_ASIDE
-
     of = "" if num_rows is None else f" of {num_rows:,}"
-    num_skipped = len(skipped)
-    skipped = [row for row in skipped if row.reason != SET_ASIDE]
-    if num_set_aside := num_skipped - len(skipped):
+    if num_set_aside:
         click.echo(f"{num_set_aside:,}{of} {what} set aside by the prefilter\n")
     if not skipped:
         return

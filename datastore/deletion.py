@@ -23,7 +23,7 @@ from datastore.build import BUILD, Build
 from datastore.errors import DamagedStoreError, SettingError, StoreError
 from datastore.files import open_tensors
 from datastore.manifest import MANIFEST, Manifest
-from datastore.shards import DELETED
+from datastore.shards import DELETED, rows_of
 from datastore.store import Datastore
 from datastore.writer import DatastoreWriter, iter_stale_shards
 
@@ -211,7 +211,8 @@ class _Search:
             except DamagedStoreError as error:
                 report.note(store.path / path, str(error))
             else:
-                self._look_at_rows(store.path / path, key.source, shard.rows_N.tolist(), shard.ids, shard.skipped)
+                rows, ids = [*shard.rows_N.tolist(), *shard.set_aside], [*shard.ids, *shard.set_aside.values()]
+                self._look_at_rows(store.path / path, key.source, rows, ids, shard.skipped)
             watch(done, total)
         report.count(f"shards of {store.path.name}", total)
         others = {BUILD, MANIFEST, ".lock", *store.manifest.directions}
@@ -305,12 +306,12 @@ class _Search:
 
 
 def _iter_labels(store: Datastore) -> Iterator[tuple[RowKey, str]]:
-    """Key and label of every row that is not deleted, skipped ones too."""
+    """Key and label of every row that is not deleted, skipped ones and those set aside too."""
     rows = store.rows(verify=False)
     keys = zip(map(int, rows.sources_N), map(int, rows.rows_N), strict=True)  # no list: there may be many rows
     yield from zip(keys, rows.ids, strict=True)
     for span in store.manifest.ranges:
-        for row in span.skipped:
+        for row in store.left_out(span):
             if row.reason != DELETED:
                 yield (span.source, row.row), row.id
 
@@ -336,13 +337,18 @@ class _Skipped:
 
 
 def _read_shard(file: Path) -> tuple[int, list[int], list[str], list[_Skipped]]:
-    """Source, rows, labels and skipped rows of a shard, by what it says itself, wherever it lies."""
+    """Source, rows, labels and skipped rows of a shard, by what it says itself, wherever it lies.
+
+    A row that was set aside is among the rows: of it too there is a label.
+    """
     metadata, tensors = open_tensors(file)
     skipped = [_Skipped(row["row"], row["reason"], row["id"], row["detail"]) for row in metadata["skipped"]]
-    rows, ids = np.asarray(tensors["rows_N"]).tolist(), list(metadata["ids"])
+    key = metadata["key"]
+    rows = np.asarray(tensors["rows_N"]).tolist() + rows_of(metadata.get("set_aside", ""), key["start"], key["stop"])
+    ids = [*metadata["ids"], *metadata.get("set_aside_ids", [])]
     if len(rows) != len(ids):
         raise ValueError(f"{len(rows)} rows have {len(ids)} labels")
-    return int(metadata["key"]["source"]), rows, ids, skipped
+    return int(key["source"]), rows, ids, skipped
 
 
 def _state_of(kind: str, folder: Path) -> str | None:

@@ -10,7 +10,7 @@ Whether an edited file is the old one without the deleted rows is `less.compacti
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,8 @@ class Renumbered:
     "The new source."
     rows_R: npt.NDArray[np.int64]
     "The old number of each row, ascending."
-    where: list[str]
-    "Where each row is found now."
-    ids: list[str]
-    "The label of each row."
+    named: Callable[[int, int], Sequence[tuple[str, str]]]
+    "From the first row to one past the last, label and place of each of some new rows."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -269,7 +267,9 @@ def _renumbered(part: _Part, key: ShardKey, to: Renumbered) -> Shard:
     old_rows = to.rows_R[key.start : key.stop]
     shards = [take_rows(shard, np.isin(shard.rows_N, old_rows)) for shard in _iter_shards(part, key, old_rows)]
     skipped = {row.row: row for shard in shards for row in shard.skipped if row.reason != DELETED}
+    rows_set_aside = {row for shard in shards for row in shard.set_aside}
     new_rows_N = np.searchsorted(to.rows_R, np.concatenate([shard.rows_N for shard in shards]))
+    named = dict(zip(range(key.start, key.stop), to.named(key.start, key.stop), strict=True))
     numbers = {
         name: np.concatenate([getattr(shard, name) for shard in shards])
         for name, value in vars(shards[0]).items()
@@ -277,13 +277,14 @@ def _renumbered(part: _Part, key: ShardKey, to: Renumbered) -> Shard:
     }
     return Shard(
         rows_N=new_rows_N.astype(np.int64),
-        ids=[to.ids[row] for row in new_rows_N],
+        ids=[named[row][0] for row in new_rows_N.tolist()],
         features_NK=_concatenated([shard.features_NK for shard in shards]),
         skipped=[
-            SkippedRow(row=row, where=to.where[row], id=to.ids[row], reason=found.reason, detail=found.detail)
-            for row in range(key.start, key.stop)
+            SkippedRow(row=row, where=where, id=label, reason=found.reason, detail=found.detail)
+            for row, (label, where) in named.items()
             if (found := skipped.get(int(to.rows_R[row]))) is not None
         ],
+        set_aside={row: label for row, (label, _) in named.items() if int(to.rows_R[row]) in rows_set_aside},
         notes={name: value for shard in shards for name, value in shard.notes.items()},
         **numbers,
     )

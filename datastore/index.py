@@ -14,7 +14,7 @@ rows that coincide with their list's centroid, as duplicates do, far too high (m
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import ceil, sqrt
 from pathlib import Path
@@ -59,8 +59,6 @@ QUERIES_AT_ONCE = 64
 """Rows whose vectors are in memory at a time."""
 MAX_FOUND = 2**26
 """Rows that FAISS may find at a time, should all be alike: 0.8 GB."""
-MAX_PAIRS = 10_000_000
-"""Of near-duplicates, before they are compared exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +129,14 @@ class IndexEntry:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NearDuplicates:
-    """P pairs of rows, the most similar first; among equals the earlier rows."""
+    """D rows that are like earlier ones, in the order of the store: of each group of likes all but the first row."""
 
-    first_P: Positions
-    "Position of the earlier row."
-    second_P: Positions
-    "Position of the later row."
-    similarities_P: Scores
-    "Exact similarity of the two."
+    positions_D: Positions
+    "Position of the row."
+    firsts_D: Positions
+    "Position of the first row of its group, which is no row of this list."
+    similarities_D: Scores
+    "Exact similarity of the two; below the threshold where only rows between them make them one group."
 
 
 def index_folder(store: Datastore, feature_set: str) -> Path:
@@ -268,28 +266,47 @@ class GradientIndex:
             found += [self.space.best(vectors_mX[m], near, k) for m, near in enumerate(candidates)]
         return stacked(found, k)
 
-    def near_duplicates(self, threshold: float) -> NearDuplicates:
-        """The pairs of rows whose similarity is at least `threshold` (to 1e-6), as far as the index finds them.
+    def near_duplicates(
+        self, threshold: float, *, advance: Callable[[int], None] = lambda num_rows: None
+    ) -> NearDuplicates:
+        """Groups of rows, joined by a similarity of at least `threshold` (to 1e-6), as far as the index finds them.
 
         Candidates are the pairs whose sketches are at least as similar, less five standard errors of a sketch. So
-        `flat` misses less than one in a million, and none without a sketch; an ivf misses pairs that lie apart in
-        lists that are not looked into. Where m rows are alike there are m (m − 1) / 2 pairs.
+        `flat` misses less than one pair in a million, and none without a sketch; an ivf misses pairs that lie apart
+        in lists that are not looked into. Rows that are in one group already are not compared again: m copies of a
+        row cost some m comparisons of the m (m − 1) / 2.
 
-        Raises `SettingError` for a threshold that is not above 0 and at most 1, or one that more than ten million
-        pairs may reach, `DamagedStoreError`.
+        Args:
+            threshold: above 0, at most 1.
+            advance: told of rows whose candidates have been looked for.
+
+        Raises:
+            DamagedStoreError: a file of the index or of the store is not as it was written.
+            SettingError: a threshold out of range.
         """
         if not 0 < threshold <= 1:
             raise SettingError(f"threshold must be above 0 and at most 1, got {threshold}")
-        pairs_P = self._candidate_pairs(threshold)
-        first_P, second_P = np.divmod(pairs_P, self.entry.num_rows)
-        similarities_P = np.empty(len(pairs_P), np.float32)
-        for first in np.unique(first_P).tolist():
-            own = slice(*np.searchsorted(first_P, [first, first + 1]))
-            (vector_X,) = self.space.vectors(np.array([first]))
-            similarities_P[own] = self.space.similarities(vector_X, second_P[own])
-        alike = np.flatnonzero(similarities_P >= threshold - 1e-6)
-        order = alike[np.argsort(-similarities_P[alike], kind="stable")]
-        return NearDuplicates(first_P=first_P[order], second_P=second_P[order], similarities_P=similarities_P[order])
+        N = self.entry.num_rows
+        groups = _Groups(N)
+        for row, others in self._iter_alike(threshold, advance):
+            others = np.sort(others)
+            for one_of_each in (True, False):  # a group of copies is joined by its first, and the others are not read
+                apart = groups.apart(row, others, one_of_each)
+                for other in apart[self._similarities(row, apart) >= threshold - 1e-6].tolist():
+                    groups.join(row, other)
+        first_N = np.fromiter(map(groups.first, range(N)), np.int64, N)
+        positions_D = np.flatnonzero(first_N != np.arange(N))
+        firsts_D, similarities_D = first_N[positions_D], np.empty(len(positions_D), np.float32)
+        for places in _equal(firsts_D):
+            similarities_D[places] = self._similarities(int(firsts_D[places[0]]), positions_D[places])
+        return NearDuplicates(positions_D=positions_D, firsts_D=firsts_D, similarities_D=similarities_D)
+
+    def _similarities(self, first: int, others_P: Positions) -> Scores:
+        """Exact similarity of a row with others; nothing is read where there are none."""
+        if not others_P.size:
+            return np.empty(0, np.float32)
+        (vector_X,) = self.space.vectors(np.array([first]))
+        return self.space.similarities(vector_X, others_P)
 
     def _candidates(self, vectors_mY: Vectors, own_m: Positions, k: int) -> list[Positions]:
         """For each row the positions of others that may be its k nearest, at least k of them."""
@@ -319,12 +336,13 @@ class GradientIndex:
             raise _damaged(self.folder / "index.faiss", f"it does not have all {N} rows")
         return found
 
-    def _candidate_pairs(self, threshold: float) -> npt.NDArray[np.int64]:
-        """Pairs that may be similar enough, each once, as first · N + second, ascending."""
+    def _iter_alike(
+        self, threshold: float, advance: Callable[[int], None]
+    ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """For each row the others whose sketches are similar enough; of a pair one or both are told of the other."""
         N, entry = self.entry.num_rows, self.entry
         margin = ROUNDING + 5 * (1 - threshold**2) / sqrt(entry.dim) * entry.is_sketch
         margin += SQ8_ERROR * (entry.type == "ivf-sq8")
-        pairs, num_pairs = [np.empty(0, np.int64)], 0
         if entry.type != "flat":
             try:
                 self._index.make_direct_map()
@@ -338,33 +356,59 @@ class GradientIndex:
             )
             if len(found) and found.max() >= N:
                 raise _damaged(self.folder / "index.faiss", f"it names a row beyond the {N} of the store")
-            own = np.repeat(np.arange(first, first + len(vectors_nY)), np.diff(limits.astype(np.int64)))
-            other = found != own
-            low, high = np.minimum(own, found)[other], np.maximum(own, found)[other]
-            pairs.append(np.unique(low * N + high))
-            num_pairs += len(pairs[-1])
-            if num_pairs > 2 * MAX_PAIRS:
-                raise SettingError(
-                    f"more than {MAX_PAIRS:,} pairs of rows may have a similarity of {threshold}; raise the threshold"
-                )
-        return np.unique(np.concatenate(pairs))
+            for row, near in enumerate(np.split(found, limits[1:-1].astype(np.int64)), start=first):
+                # a flat index tells both, and the later row is enough; lists may be looked into one way only
+                yield row, near[near < row] if entry.type == "flat" else near[near != row]
+            advance(len(vectors_nY))
 
 
 def near_duplicates_ref(space: GradientSpace, threshold: float) -> NearDuplicates:
     """`GradientIndex.near_duplicates`, each pair compared, with all rows in memory."""
     vectors_NX = np.concatenate([vectors_nX.copy() for _, vectors_nX in space.iter_vectors()])
-    pairs = []
-    for first, vector_X in enumerate(vectors_NX):
-        for second in range(first + 1, len(vectors_NX)):
-            similarity = (vectors_NX[second] * vector_X).sum()
-            if similarity >= threshold - 1e-6:
-                pairs.append((-similarity, first, second))
-    pairs.sort()
+    similarities_NN = np.stack([(vectors_NX * vector_X).sum(axis=1) for vector_X in vectors_NX])
+    alike_NN = similarities_NN >= threshold - 1e-6
+    np.fill_diagonal(alike_NN, True)
+    first_N, before_N = np.arange(len(vectors_NX)), None
+    while before_N is None or not np.array_equal(first_N, before_N):  # the first row spreads through its group
+        before_N = first_N
+        first_N = np.where(alike_NN, before_N, len(before_N)).min(axis=1)
+    positions_D = np.flatnonzero(first_N != np.arange(len(first_N)))
     return NearDuplicates(
-        first_P=np.array([first for _, first, _ in pairs], np.int64),
-        second_P=np.array([second for _, _, second in pairs], np.int64),
-        similarities_P=np.array([-negative for negative, _, _ in pairs], np.float32),
+        positions_D=positions_D,
+        firsts_D=first_N[positions_D],
+        similarities_D=similarities_NN[positions_D, first_N[positions_D]],
     )
+
+
+class _Groups:
+    """Rows that are joined two by two, each group known by its first row."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._earlier = list(range(num_rows))  # of each row one of its group that is not later
+
+    def first(self, row: int) -> int:
+        earlier = self._earlier
+        while earlier[row] != row:
+            earlier[row] = earlier[earlier[row]]  # so that the way is shorter the next time
+            row = earlier[row]
+        return row
+
+    def apart(self, row: int, others: Positions, one_of_each: bool) -> Positions:
+        """Those of the others that are in other groups than a row, or the first of them in each group."""
+        firsts = np.fromiter(map(self.first, others.tolist()), np.int64, len(others))
+        apart = np.flatnonzero(firsts != self.first(row))
+        return others[apart[np.unique(firsts[apart], return_index=True)[1]] if one_of_each else apart]
+
+    def join(self, one: int, other: int) -> None:
+        low, high = sorted((self.first(one), self.first(other)))
+        self._earlier[high] = low
+
+
+def _equal(values_D: Positions) -> list[Positions]:
+    """The places of each value, ascending."""
+    order_D = np.argsort(values_D, kind="stable")
+    changes = np.flatnonzero(np.diff(values_D[order_D])) + 1
+    return np.split(order_D, changes) if values_D.size else []
 
 
 class _Columns:

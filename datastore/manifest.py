@@ -1,20 +1,23 @@
 """`manifest.json`: what a complete datastore holds. It is written last, and makes the store readable.
 
-To the build it adds what was found: checksums, skipped rows, counts. A row that was skipped by any shard is
-skipped everywhere. It must list just the files that its own build implies: it can name none of its choosing.
-When it is written is left to `writer`, and reading what it lists to `store`.
+To the build it adds what was found: checksums, skipped rows, a bit for each row that a prefilter set aside, counts. A
+row that was skipped or set aside by any shard is so everywhere. It must list just the files that its own build implies:
+it can name none of its choosing. When it is written is left to `writer`, and reading what it lists to `store`.
 """
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from datastore.build import Build, json_hash, read_json, write_json
 from datastore.files import FileEntry, damaged
-from datastore.shards import DELETED, SkippedRow, direction_path
+from datastore.shards import DELETED, SET_ASIDE, Shard, SkippedRow, bits_of, direction_path, rows_of
 
 __all__ = ["MANIFEST", "FeatureEntry", "Manifest", "RowRange", "ShardEntry"]
 
@@ -33,11 +36,38 @@ class RowRange:
     "One past the last row."
     skipped: list[SkippedRow]
     "Rows skipped by any shard of the range, ascending; the reason is the first shard's that gives one."
+    set_aside: str = ""
+    "The rows that a prefilter set aside, as `datastore.shards.bits_of` has them; only shards have their labels."
+
+    @property
+    def rows_set_aside(self) -> list[int]:
+        """The numbers of the rows that a prefilter set aside, ascending."""
+        return rows_of(self.set_aside, self.start, self.stop)
+
+    @property
+    def num_set_aside(self) -> int:
+        """How many these are."""
+        return int(self.set_aside or "0", 16).bit_count()
 
     @property
     def num_scored(self) -> int:
         """Rows that every shard of the range has."""
-        return self.stop - self.start - len(self.skipped)
+        return self.stop - self.start - len(self.skipped) - self.num_set_aside
+
+    def also_without(self, shard: Shard) -> Self:
+        """The range without what this shard lacks too; what another has said of a row before stays."""
+        known, set_aside = {row.row for row in self.skipped}, {*self.rows_set_aside}
+        new = [row for row in shard.skipped if row.row not in known | set_aside]
+        set_aside |= shard.set_aside.keys() - known
+        return replace(
+            self,
+            skipped=sorted([*self.skipped, *new], key=lambda row: row.row),
+            set_aside=bits_of(set_aside, self.start, self.stop),
+        )
+
+    def scored(self, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of N rows of the range every shard has, (N,) bool."""
+        return ~np.isin(rows_N, [row.row for row in self.skipped] + self.rows_set_aside)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +127,22 @@ class Manifest(Build):
 
     @property
     def counts(self) -> dict[str, Any]:
-        """`num_rows` of the sources, `num_scored`, and `num_skipped` by reason."""
+        """`num_rows` of the sources, `num_scored`, and `num_skipped` by reason, rows set aside among them."""
+        num_skipped = Counter(row.reason for rows in self.ranges for row in rows.skipped)
+        if num_set_aside := sum(rows.num_set_aside for rows in self.ranges):
+            num_skipped[SET_ASIDE] += num_set_aside
         return {
             "num_rows": sum(source.num_rows for source in self.sources),
             "num_scored": self.num_rows,
-            "num_skipped": dict(Counter(row.reason for rows in self.ranges for row in rows.skipped)),
+            "num_skipped": dict(num_skipped),
         }
 
     def to_json(self) -> dict[str, Any]:
         """All of it, with what can be computed from it; `sha256` is of all the rest as canonical JSON."""
         doc = super().to_json() | {"settings_hash": self.settings_hash, "counts": self.counts}
+        for rows in doc["ranges"]:
+            if not rows["set_aside"]:
+                del rows["set_aside"]
         return doc | {"sha256": json_hash(doc)}
 
     def write(self, folder: Path) -> None:
@@ -146,6 +182,8 @@ class Manifest(Build):
             numbers = [row.row for row in rows.skipped]
             if numbers != sorted(set(numbers)) or any(not rows.start <= n < rows.stop for n in numbers):
                 raise ValueError(f"its skipped rows {numbers} are not in {rows.start} to {rows.stop} in order")
+            if both := sorted({*numbers} & {*rows.rows_set_aside}):
+                raise ValueError(f"its rows {both[:5]} from {rows.start} on are both skipped and set aside")
             deleted = [row for row in rows.skipped if row.reason == DELETED]
             if deleted != self.deleted_rows(rows.source, rows.start, rows.stop):
                 raise ValueError(

@@ -1,13 +1,14 @@
 """Shards: the features of one range of a source's rows, for one feature set at one checkpoint.
 
-A shard holds the rows whose features could be computed, and a reason for each of the others. `FORMAT.md`
-fixes its bytes; the same shard always has the same. How bytes reach the disk is left to `files`, which shards
-a store needs to `manifest`, and when they are made to `store`.
+A shard holds the rows whose features could be computed, a reason for each of the others, and of those that a prefilter
+set aside, which may be most, a bit and a label. `FORMAT.md` fixes its bytes; the same shard always has the same. How
+bytes reach the disk is left to `files`, which shards a store needs to `manifest`, and when they are made to `store`.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,17 @@ from datastore.files import FileEntry, canonical_json, damaged, from_json, open_
 
 __all__ = [
     "DELETED",
+    "SET_ASIDE",
     "Shard",
     "ShardKey",
     "SkippedRow",
+    "bits_of",
     "direction_path",
     "drop_rows",
     "open_direction",
     "open_shard",
+    "rows_of",
+    "set_rows_aside",
     "take_rows",
     "write_direction",
     "write_shard",
@@ -33,6 +38,8 @@ __all__ = [
 
 DELETED = "deleted"
 """Why a row that was deleted from the store is skipped."""
+SET_ASIDE = "prefilter"
+"""Why a row that a prefilter set aside has no features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +127,9 @@ class Shard:
     truncated_N: npt.NDArray[np.bool_]
     "Whether the row was cut to the length limit."
     skipped: list[SkippedRow] = field(default_factory=list)
-    "The other rows of the range, ascending."
+    "The other rows of the range, ascending, but for those that are set aside."
+    set_aside: dict[int, str] = field(default_factory=dict)
+    "Rows of the range that a prefilter set aside, each with its label."
     notes: dict[str, Any] = field(default_factory=dict)
     'What was unusual in its making, as JSON: `{"oom_retries": 1}`.'
 
@@ -134,6 +143,15 @@ class _Metadata:
     ids: list[str]
     skipped: list[SkippedRow]
     notes: dict[str, Any]
+    set_aside: str = ""
+    set_aside_ids: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the file says; a shard of which no row was set aside says nothing of it."""
+        fields = asdict(self)
+        if not self.set_aside:
+            del fields["set_aside"], fields["set_aside_ids"]
+        return fields
 
 
 _BEFORE = {  # tensors in the order of the file: each starts at a multiple of its item size
@@ -154,15 +172,21 @@ _NUMBERS = [*_BEFORE, "truncated_N"]
 def write_shard(folder: Path, key: ShardKey, settings_hash: str, shard: Shard) -> FileEntry:
     """Write a shard whole or not at all; `ValueError` for one that does not fit its key."""
     tensors = _to_tensors(shard)
-    problem = _misfit(key, tensors, shard.ids, shard.skipped)
+    problem = _misfit(key, tensors, shard.ids, shard.skipped, shard.set_aside)
     if not problem and not all(np.isfinite(tensor).all() for tensor in tensors.values()):
         problem = "it has values that are not finite"
     if problem:
         raise ValueError(f"shard {key.path}: {problem}")
     metadata = _Metadata(
-        key=key.to_json(), settings_hash=settings_hash, ids=shard.ids, skipped=shard.skipped, notes=shard.notes
+        key=key.to_json(),
+        settings_hash=settings_hash,
+        ids=shard.ids,
+        skipped=shard.skipped,
+        notes=shard.notes,
+        set_aside=bits_of(shard.set_aside, key.start, key.stop),
+        set_aside_ids=[shard.set_aside[row] for row in sorted(shard.set_aside)],
     )
-    return write_tensors(folder / key.path, asdict(metadata), tensors)
+    return write_tensors(folder / key.path, metadata.to_json(), tensors)
 
 
 def open_shard(folder: Path, key: ShardKey, settings_hash: str, sha256: str | None = None) -> Shard:
@@ -178,7 +202,11 @@ def open_shard(folder: Path, key: ShardKey, settings_hash: str, sha256: str | No
             raise ValueError(f"it was made with other settings ({metadata.settings_hash}, not {settings_hash})")
         if (holds := canonical_json(metadata.key)) != (expected := canonical_json(key.to_json())):
             raise ValueError(f"it holds {holds}, expected {expected}")
-        if problem := _misfit(key, tensors, metadata.ids, metadata.skipped):
+        rows_set_aside = rows_of(metadata.set_aside, key.start, key.stop)
+        if len(rows_set_aside) != len(metadata.set_aside_ids):
+            raise ValueError(f"{len(rows_set_aside)} rows set aside have {len(metadata.set_aside_ids)} labels")
+        set_aside = dict(zip(rows_set_aside, metadata.set_aside_ids, strict=True))
+        if problem := _misfit(key, tensors, metadata.ids, metadata.skipped, set_aside):
             raise ValueError(problem)
     except (ValueError, RecursionError) as error:
         raise damaged({path: str(error)}) from None
@@ -188,24 +216,60 @@ def open_shard(folder: Path, key: ShardKey, settings_hash: str, sha256: str | No
         features_NK=_features(tensors),
         ids=metadata.ids,
         skipped=metadata.skipped,
+        set_aside=set_aside,
         notes=metadata.notes,
     )
 
 
+def bits_of(rows: Collection[int], start: int, stop: int) -> str:
+    """Some rows of a range in hexadecimal, a bit a row; the first row is the highest bit. Empty for no row."""
+    if not rows:
+        return ""
+    bits_R = np.zeros(stop - start, bool)
+    bits_R[np.array(list(rows)) - start] = True
+    return np.packbits(bits_R).tobytes().hex()
+
+
+def rows_of(bits: str, start: int, stop: int) -> list[int]:
+    """The inverse of `bits_of`, ascending; `ValueError` for what that never gives."""
+    if not bits:
+        return []
+    num_digits = (stop - start + 7) // 8 * 2
+    try:
+        data = bytes.fromhex(bits)
+    except ValueError:
+        data = b""
+    rows = [start + n for n in np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8))).tolist()]
+    if data.hex() != bits or len(bits) != num_digits or not rows or rows[-1] >= stop:
+        raise ValueError(
+            f"the bits of its rows set aside are {bits[:40]!r}, expected {num_digits} hexadecimal digits, with a bit "
+            f"for some of the rows from {start} to {stop} and for no other"
+        )
+    return rows
+
+
 def take_rows(shard: Shard, keep_N: npt.NDArray[np.bool_]) -> Shard:
-    """Some of a shard's N rows; its list of skipped rows stays as it is."""
+    """Some of a shard's N rows; what it says of the other rows of its range stays as it is."""
     arrays: dict[str, Any] = {
         name: value[keep_N] for name, value in vars(shard).items() if isinstance(value, (np.ndarray, CodedRows))
     }
-    return replace(shard, **arrays, ids=[label for label, keep in zip(shard.ids, keep_N, strict=True) if keep])
+    return replace(shard, **arrays, ids=list(compress(shard.ids, keep_N)))
 
 
 def drop_rows(shard: Shard, dropped: Sequence[SkippedRow]) -> Shard:
     """A shard without the rows that are named in `dropped`, which are skipped now for that reason alone."""
     numbers = {row.row for row in dropped}
     others = [row for row in shard.skipped if row.row not in numbers]
+    set_aside = {row: label for row, label in shard.set_aside.items() if row not in numbers}
     kept = take_rows(shard, ~np.isin(shard.rows_N, list(numbers)))
-    return replace(kept, skipped=sorted([*others, *dropped], key=lambda row: row.row))
+    return replace(kept, skipped=sorted([*others, *dropped], key=lambda row: row.row), set_aside=set_aside)
+
+
+def set_rows_aside(shard: Shard, rows: Collection[int]) -> Shard:
+    """A shard without those of its rows that are among `rows`; their labels stay in it."""
+    aside_N = np.isin(shard.rows_N, list(rows))
+    labels = dict(zip(shard.rows_N[aside_N].tolist(), compress(shard.ids, aside_N), strict=True))
+    return replace(take_rows(shard, ~aside_N), set_aside=shard.set_aside | labels)
 
 
 def write_direction(
@@ -267,7 +331,11 @@ def _layout(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
 
 
 def _misfit(
-    key: ShardKey, tensors: Mapping[str, npt.NDArray[Any]], ids: Sequence[str], skipped: Sequence[SkippedRow]
+    key: ShardKey,
+    tensors: Mapping[str, npt.NDArray[Any]],
+    ids: Sequence[str],
+    skipped: Sequence[SkippedRow],
+    set_aside: Collection[int],
 ) -> str | None:
     """What keeps these from being the shard `key`, or None."""
     layout = _layout(tensors)
@@ -282,8 +350,9 @@ def _misfit(
     rows, skipped_rows = tensors["rows_N"].tolist(), [row.row for row in skipped]
     if rows != sorted(rows) or skipped_rows != sorted(skipped_rows):
         return "its rows are not in order"
-    if N + len(skipped) != key.stop - key.start or {*rows, *skipped_rows} != {*range(key.start, key.stop)}:
-        return f"its rows and skipped rows are not just those from {key.start} to {key.stop}"
+    num_rows, all_rows = N + len(skipped) + len(set_aside), {*rows, *skipped_rows, *set_aside}
+    if num_rows != key.stop - key.start or all_rows != {*range(key.start, key.stop)}:
+        return f"its rows, skipped and set aside ones are not just those from {key.start} to {key.stop}"
     if (deleted := tuple(row.row for row in skipped if row.reason == DELETED)) != key.deleted:
         return f"it lists the rows {deleted} as deleted, expected {key.deleted}"
     return None

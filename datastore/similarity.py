@@ -63,7 +63,9 @@ class GradientSpace:
     ) -> None:
         self.store, self.feature_set, self.verify = store, choose_feature_set(store, feature_set), verify
         if not store.num_rows:
-            raise DataError(f"{store.path} has no row: all {len(store.skipped)} of its pool were skipped")
+            raise DataError(
+                f"{store.path} has no row: all {store.manifest.counts['num_rows']} of its pool were skipped"
+            )
         self.weights = _weights(store, checkpoint)
         self.width = len(self.weights) * store.proj_dim(self.feature_set)
         self.rows_at_once = max(1, VALUES_AT_ONCE // self.width)
@@ -176,7 +178,7 @@ class GradientSpace:
 
     def _kept(self, number: int, shard: Shard) -> Positions:
         """The places in a shard of the rows that have a position."""
-        return np.flatnonzero(~np.isin(shard.rows_N, [row.row for row in self.store.manifest.ranges[number].skipped]))
+        return np.flatnonzero(self.store.manifest.ranges[number].scored(shard.rows_N))
 
     def _open_features(self, number: int, checkpoint: str) -> tuple[Features, Positions]:
         shard = self._shard(number, checkpoint)

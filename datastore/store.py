@@ -1,8 +1,8 @@
 """A complete datastore, open for reading: rows, statistics, and features block by block.
 
 Pool order is the order of everything here: sources in the order they were added, rows as they stand in them,
-without those that were skipped. A position is a place in that order. Features are views of the file wherever
-no row of their shard is dropped, and a file's checksum is checked before its first use.
+without those that were skipped or set aside. A position is a place in that order. Features are views of the file
+wherever no row of their shard is dropped, and a file's checksum is checked before its first use.
 
 Scores are left to `less.influence`, neighbours to `search`.
 """
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from itertools import compress, islice
+from itertools import compress, islice, product
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -24,7 +24,7 @@ from datastore.errors import DamagedStoreError, SettingError, StoreError
 from datastore.files import FileEntry, damaged, hash_file, read_through
 from datastore.manifest import MANIFEST, Manifest, RowRange
 from datastore.overlap import read_ahead
-from datastore.shards import Shard, ShardKey, SkippedRow, direction_path, open_direction, open_shard
+from datastore.shards import SET_ASIDE, Shard, ShardKey, SkippedRow, direction_path, open_direction, open_shard
 
 __all__ = ["Block", "Datastore", "RowIds", "RowStats", "RowTable"]
 
@@ -205,8 +205,13 @@ class Datastore:
 
     @property
     def skipped(self) -> list[SkippedRow]:
-        """Rows that have no position, and why."""
-        return [row for rows in self.manifest.ranges for row in rows.skipped]
+        """Rows that have no position, and why; those that a prefilter set aside are in `num_set_aside` alone."""
+        return [row for rows in self.manifest.ranges for row in rows.skipped if row.reason != SET_ASIDE]
+
+    @property
+    def num_set_aside(self) -> int:
+        """Rows that have no position since a prefilter set them aside."""
+        return int(self.manifest.counts["num_skipped"].get(SET_ASIDE, 0))
 
     def proj_dim(self, feature_set: str) -> int:
         """K of a feature set."""
@@ -315,6 +320,31 @@ class Datastore:
             self._verified.add(key.path)
         return shard
 
+    def left_out(self, rows: RowRange) -> list[SkippedRow]:
+        """The rows of a range that have no position, ascending, those that a prefilter set aside too.
+
+        The labels of the latter are read from a shard, without its checksum: that would read its features.
+
+        Raises what `shard` raises.
+        """
+        labels: dict[int, str] = {}
+        unknown = {*rows.rows_set_aside}
+        for checkpoint, feature_set in product(self.checkpoints, self.feature_sets):
+            if not unknown:
+                break
+            key = self.manifest.shard_key(feature_set, checkpoint, rows.source, rows.start, rows.stop)
+            set_aside = self.shard(key, verify=False).set_aside
+            labels |= {row: set_aside[row] for row in unknown & set_aside.keys()}
+            unknown -= labels.keys()
+        if unknown:
+            raise damaged({self.path / MANIFEST: f"it has the row {min(unknown)} set aside, and no shard has it so"})
+        name = self.sources[rows.source].name
+        set_aside_rows = [
+            SkippedRow(row=row, where=f"{name}[{row}]", id=label, reason=SET_ASIDE, detail="")
+            for row, label in labels.items()
+        ]
+        return sorted([*rows.skipped, *set_aside_rows], key=lambda row: row.row)
+
     @contextmanager
     def _unless_changed(self) -> Iterator[None]:
         """A file that is missing is no damage where the store has another manifest by now."""
@@ -349,7 +379,7 @@ class Datastore:
         if whole and not in_memory:
             with suppress(FileNotFoundError):  # the map stays good when rows are deleted and the file goes
                 read_through(self.path / key.path)
-        keep = ~np.isin(shard.rows_N, [row.row for row in rows.skipped])
+        keep = rows.scored(shard.rows_N)
         shape = (int(np.count_nonzero(keep)), shard.features_NK.shape[1])
         if shape != (expected := (rows.num_scored, self.proj_dim(feature_set))):
             raise damaged({self.path / key.path: f"its features are {shape}, expected {expected}"})

@@ -38,7 +38,6 @@ from datastore.manifest import MANIFEST, FeatureEntry, Manifest, RowRange, Shard
 from datastore.shards import (
     Shard,
     ShardKey,
-    SkippedRow,
     direction_path,
     drop_rows,
     open_direction,
@@ -245,7 +244,10 @@ class DatastoreWriter:
             )
         features: dict[str, FeatureEntry] = {}
         shards: dict[str, ShardEntry] = {}
-        skipped: dict[tuple[int, int, int], dict[int, SkippedRow]] = {}
+        ranges = {
+            place: RowRange(source=place[0], start=place[1], stop=place[2], skipped=[])
+            for place in self.build.row_ranges()
+        }
         for key in self.build.shard_keys():
             shard = open_shard(self.path, key, self._settings_hash)
             feature = FeatureEntry(proj_dim=shard.features_NK.shape[1], dtype=str(shard.features_NK.dtype))
@@ -254,9 +256,8 @@ class DatastoreWriter:
             shards[key.path] = ShardEntry(
                 sha256=entry.sha256, num_bytes=entry.num_bytes, num_rows=len(shard.ids), notes=shard.notes
             )
-            rows = skipped.setdefault((key.source, key.start, key.stop), {})
-            for row in shard.skipped:
-                rows.setdefault(row.row, row)
+            place = key.source, key.start, key.stop
+            ranges[place] = ranges[place].also_without(shard)
         directions = {}
         for name, checkpoint in self.build.direction_keys():
             direction_K = open_direction(self.path, name, checkpoint, self._settings_hash)
@@ -268,15 +269,7 @@ class DatastoreWriter:
             features=features,
             shards=shards,
             directions=directions,
-            ranges=[
-                RowRange(
-                    source=source,
-                    start=start,
-                    stop=stop,
-                    skipped=sorted(skipped[source, start, stop].values(), key=lambda row: row.row),
-                )
-                for source, start, stop in self.build.row_ranges()
-            ],
+            ranges=list(ranges.values()),
         )
         if manifest != self._sealed:
             known = self._sealed.deleted if self._sealed else {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from less.checkpoints import EvidenceWarning
     from less.compaction import compact
+    from less.duplicates import AlikeRows, NearDuplicatesConfig, near_duplicates
     from less.embedding_store import EmbeddingConfig, build_embeddings
     from less.evaluation.experiment import EvaluateConfig, evaluate
     from less.evaluation.summary import Evaluation
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from less.verification.certificate import Certificate
 
 __all__ = [
+    "AlikeRows",
     "BuildConfig",
     "BuildResult",
     "Certificate",
@@ -37,6 +39,7 @@ __all__ = [
     "ExplainConfig",
     "Explanation",
     "InfluenceScores",
+    "NearDuplicatesConfig",
     "ScoreConfig",
     "SelectConfig",
     "Selection",
@@ -49,6 +52,7 @@ __all__ = [
     "compact",
     "evaluate",
     "explain",
+    "near_duplicates",
     "report_selection",
     "score",
     "select",
@@ -57,6 +61,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AlikeRows": "duplicates",
     "BuildConfig": "pipeline",
     "BuildResult": "pipeline",
     "Certificate": "verification.certificate",
@@ -67,6 +72,7 @@ _HOME = {
     "ExplainConfig": "explanation",
     "Explanation": "explanation",
     "InfluenceScores": "influence",
+    "NearDuplicatesConfig": "duplicates",
     "ScoreConfig": "scoring",
     "SelectConfig": "selection",
     "Selection": "ranking",
@@ -79,6 +85,7 @@ _HOME = {
     "compact": "compaction",
     "evaluate": "evaluation.experiment",
     "explain": "explanation",
+    "near_duplicates": "duplicates",
     "report_selection": "selection_report",
     "score": "methods",
     "select": "ranking",

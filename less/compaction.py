@@ -2,11 +2,13 @@
 
 A row's key is its number in its source, so where some rows of a source are deleted, another file has to stand for it:
 the same rows without these. It is rendered as the store's pool was, and taken only if every row of it has the tokens
-that the store has a digest of, and every row that was skipped its old label. No gradient is computed again. How the new
-store is written is `datastore.derive`'s business.
+that the store has a digest of, and every row that was skipped or set aside its old label. No gradient is computed
+again. How the new store is written is `datastore.derive`'s business.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from heapq import merge
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from datastore.build import SourceEntry
 from datastore.deletion import Watch
 from datastore.derive import Renumbered, compact_store
 from datastore.errors import DataError, SettingError
-from datastore.shards import SkippedRow
+from datastore.shards import DELETED, SkippedRow
 from less.data.conversations import RowProblem
 from less.data.records import Record, Source
 from less.data.rendering import Renderer
@@ -97,27 +99,28 @@ class _Comparison:
                 f"{self.source.location or self.source.name} has {self.source.num_rows} rows, expected {len(rows_R)}: "
                 f"the {self.entry.num_rows} of {self.entry.name} without the {len(deleted)} that are deleted"
             )
-        rows = self.store.rows(verify=False)
-        own_N = rows.sources_N == self.number
-        digests = dict(zip(rows.rows_N[own_N].tolist(), rows.digests_N[own_N].tolist(), strict=True))
-        skipped = {
-            row.row: row for span in self.store.manifest.ranges if span.source == self.number for row in span.skipped
-        }
-        where, ids = [], []
-        for old, record in zip(rows_R.tolist(), self.source.iter_records(), strict=True):
-            if old in digests:
-                same = self._digest(record) == digests[old]
-            else:
-                same = self._label(record) == self._old_label(skipped[old])
-            if not same:
+        for (old, known), record in zip(self._iter_known(), self.source.iter_records(), strict=True):
+            found = self._label(record) if isinstance(known, SkippedRow) else self._digest(record)
+            if found != (self._old_label(known) if isinstance(known, SkippedRow) else known):
                 raise DataError(
                     f"{record.where} is not row {old} of {self.entry.name}, as the store has it. Expected the same "
                     "file without the deleted rows, the others in their order and unaltered"
                 )
-            where.append(record.where)
-            ids.append(record.id)
             bar.advance()
-        return Renumbered(entry=entry_of(self.source), rows_R=rows_R, where=where, ids=ids)
+        return Renumbered(entry=entry_of(self.source), rows_R=rows_R, named=self._named)
+
+    def _iter_known(self) -> Iterator[tuple[int, int | SkippedRow]]:
+        """Number and content of each old row that is not deleted; of one without features what is said of it."""
+        rows = self.store.rows(verify=False)
+        own_N = rows.sources_N == self.number
+        digests = zip(map(int, rows.rows_N[own_N]), map(int, rows.digests_N[own_N]), strict=True)
+        spans = (span for span in self.store.manifest.ranges if span.source == self.number)
+        left_out = ((row.row, row) for span in spans for row in self.store.left_out(span) if row.reason != DELETED)
+        known: Iterator[tuple[int, int | SkippedRow]] = merge(digests, left_out, key=itemgetter(0))
+        return known
+
+    def _named(self, start: int, stop: int) -> list[tuple[str, str]]:
+        return [(record.id, record.where) for record in self.source.iter_records(start, stop)]
 
     def _digest(self, record: Record) -> int | None:
         try:

@@ -18,9 +18,8 @@ from datastore.coding import check_feature_dtype, row_bytes
 from datastore.errors import DataError, SettingError
 from datastore.overlap import WriteBehind, read_ahead
 from less.data.batching import BatchBudget
-from less.data.rendering import RenderConfig
 from less.embeddings import EMBEDDINGS, embedding_features
-from less.loading import load_model
+from less.loading import LoadingConfig, load_model
 from less.pool import entry_of, open_sources
 from less.progress import Progress
 from less.provenance import record_embedding_settings, record_environment
@@ -36,42 +35,19 @@ BASE = "base"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddingConfig:
-    """Settings of a store of embeddings. All but the last three decide the embeddings and are held by the store."""
+class EmbeddingConfig(LoadingConfig):
+    """Settings of a store of embeddings. All that decides the embeddings is held by the store."""
 
-    max_length: int = 2048
-    """Tokens a row; longer rows are cut at the end."""
-    system_prompt: str = "keep"
-    """keep, none, or the text to put in place of each row's own."""
-    chat_template: str | None = None
-    """tulu, chatml or a file; None takes the tokenizer's own."""
-    dtype: str = "auto"
-    """Of the weights: float32, bfloat16, or auto (bfloat16 on CUDA, float32 on the CPU)."""
-    tokens_per_batch: int | None = None
-    """Padded tokens in one batch; None chooses by device."""
     shard_rows: int = 1024
     """Source rows in one shard: what a killed build loses at most."""
     feature_dtype: str = "float16"
     """Of stored unit rows: float32, float16, int8, int4 or binary."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    strict: bool = False
-    """Stop at the first row that cannot be used instead of skipping it."""
-    trust_remote_code: bool = False
-    """Let code that comes with the model run."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "shard_rows"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
+        if self.shard_rows < 1:
+            raise SettingError(f"shard_rows must be at least 1, got {self.shard_rows}")
         check_feature_dtype(self.feature_dtype)
-
-    @property
-    def rendering(self) -> RenderConfig:
-        """How rows become tokens."""
-        return RenderConfig(
-            max_length=self.max_length, system_prompt=self.system_prompt, chat_template=self.chat_template
-        )
 
 
 def build_embeddings(
@@ -102,14 +78,7 @@ def build_embeddings(
     """
     config = EmbeddingConfig(**settings)
     given = open_sources(data)
-    base, renderer = load_model(
-        model,
-        tokenizer,
-        config.rendering,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    base, renderer = load_model(model, tokenizer, config)
     budget = BatchBudget.on(base.device, config.tokens_per_batch)
     width = base.get_input_embeddings().weight.shape[1]
     environment = record_environment(

@@ -5,9 +5,8 @@
                 = Σ_c w_c ⟨φ_c, d_c⟩⟨d_c, q_jc⟩ + the rest        d_c: unit momentum direction, shared by all rows
 
 The first sum says which checkpoints give the score, the second which targets, the third how much of it every row has,
-since Adam's momentum is a part of each row's update. Near rows come from the index of the store's features where there
-is one (`gradsift index`), else from a scan of them all. The score itself is `less.scoring`'s, similarity
-`datastore.similarity`'s.
+since Adam's momentum is a part of each row's update. The score itself is `less.scoring`'s; near rows are left to
+`less.neighbours`.
 """
 
 import re
@@ -21,16 +20,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datastore import Datastore, GradientIndex, GradientSpace, RowTable
+from datastore import Datastore, GradientSpace, RowTable
 from datastore.coding import as_float32
-from datastore.errors import ProvenanceError, SettingError
-from datastore.index import index_folder
+from datastore.errors import SettingError
 from datastore.similarity import choose_feature_set
-from less.data.conversations import conversation_of
-from less.data.records import Record
 from less.data.targets import SkippedRow, TargetSet, columns_of
 from less.influence import InfluenceScores
 from less.methods import open_scorer
+from less.neighbours import Neighbour, PoolRow, neighbours_of, pool_rows
 from less.pool import Pool
 from less.provenance import holds_gradients
 from less.scoring import ScoreConfig, Scorer
@@ -40,7 +37,6 @@ __all__ = [
     "CheckpointFacts",
     "ExplainConfig",
     "Explanation",
-    "Neighbour",
     "SubtaskPull",
     "TargetPull",
     "TargetSetRank",
@@ -153,29 +149,7 @@ class TargetPull:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbour:
-    """A row that is near in gradient space."""
-
-    id: str
-    """Its label."""
-    source: int
-    """Number of its source in the store."""
-    row: int
-    """Its number in the source."""
-    where: str
-    """Where a person finds it."""
-    similarity: float
-    """Σ_c w_c cos(φ_c, φ_c'), from the stored features."""
-    from_momentum: float | None
-    """The part of the similarity along the momentum directions; None where the update rule has none."""
-    same_tokens: bool
-    """Whether it has the very same tokens."""
-    text: str
-    """What its turns say."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Explanation:
+class Explanation(PoolRow):
     """A row, what pulls it in, and what is like it."""
 
     datastore: Path
@@ -184,16 +158,6 @@ class Explanation:
     """The feature set."""
     num_rows: int
     """Scored rows of the store."""
-    id: str
-    """The row's label."""
-    source: int
-    """Number of its source in the store."""
-    row: int
-    """Its number in the source."""
-    where: str
-    """Where a person finds it."""
-    text: str
-    """What its turns say."""
     num_tokens: int
     """Tokens after truncation."""
     num_supervised: int
@@ -294,17 +258,12 @@ def explain(
         subtasks = own.subtasks(influence, target_sets, units)
         pulls = own.targets(target_sets, units, config.top_targets)
         skipped = tuple(row for t in target_sets for row in t.skipped)
-    similarities, near, how = _nearest(space, position, config.neighbours)
-    records = pool.take(rows, np.concatenate([[position], near]))
+    neighbours, how = neighbours_of(space, rows, pool, position, config.neighbours)
     return Explanation(
         datastore=store.path,
         feature_set=feature_set,
         num_rows=store.num_rows,
-        id=rows.ids[position],
-        source=int(rows.sources_N[position]),
-        row=int(rows.rows_N[position]),
-        where=records[0].where,
-        text=_text(records[0]),
+        **vars(pool_rows(rows, pool, np.array([position]))[position]),
         num_tokens=int(rows.num_tokens_N[position]),
         num_supervised=int(rows.num_supervised_N[position]),
         truncated=bool(rows.truncated_N[position]),
@@ -313,19 +272,7 @@ def explain(
         subtasks=subtasks,
         targets=pulls,
         skipped_targets=skipped,
-        neighbours=tuple(
-            Neighbour(
-                id=rows.ids[n],
-                source=int(rows.sources_N[n]),
-                row=int(rows.rows_N[n]),
-                where=record.where,
-                similarity=float(similarity),
-                from_momentum=own.shared_with(_Row(space, n)),
-                same_tokens=bool(rows.digests_N[n] == rows.digests_N[position]),
-                text=_text(record),
-            )
-            for n, similarity, record in zip(near.tolist(), similarities, records[1:], strict=True)
-        ),
+        neighbours=neighbours,
         neighbours_by=how,
     )
 
@@ -363,7 +310,7 @@ def _no_such_row(
     store: Datastore, rows: RowTable, row: str | tuple[int, int], key: tuple[int, int] | None = None
 ) -> str:
     for rows_of in store.manifest.ranges:
-        for left_out in rows_of.skipped:
+        for left_out in store.left_out(rows_of):
             if row == left_out.id or key == (rows_of.source, left_out.row):
                 return (
                     f"{left_out.where} has no features in {store.path}, since it was skipped: {left_out.reason}"
@@ -402,13 +349,6 @@ class _Row:
                 )
             )
         self.weights, self.facts = space.weights, tuple(facts)
-
-    def shared_with(self, other: "_Row") -> float | None:
-        """The part of the similarity with another row that both have by the momentum."""
-        if not self.directions:
-            return None
-        pairs = zip(self.facts, other.facts, strict=True)
-        return sum(a.weight * (a.momentum_cosine or 0.0) * (b.momentum_cosine or 0.0) for a, b in pairs)
 
     def subtasks(
         self, influence: InfluenceScores, target_sets: Sequence[TargetSet], units: Mapping[str, NDArray[np.float64]]
@@ -472,29 +412,5 @@ def _rank_for(name: str, influence: InfluenceScores, position: int) -> TargetSet
     )
 
 
-def _nearest(space: GradientSpace, position: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64], str]:
-    """Similarities and positions of the nearest other rows, and how they were found."""
-    if count == 0:
-        return np.empty(0, np.float32), np.empty(0, np.int64), "not asked for"
-    where = np.array([position])
-    how = f"a scan of all {space.num_rows:,} rows"
-    if (index_folder(space.store, space.feature_set) / "index.json").exists():
-        try:
-            index = GradientIndex.open(space.store, space.feature_set, verify=space.verify)
-        except ProvenanceError:
-            how += " (the index is of another state of the store; run `gradsift index` again)"
-        else:
-            similarities_1k, near_1k = index.neighbours(where, count)
-            at = f" at {next(iter(index.entry.weights))}" if index.entry.weights != space.weights else ""
-            how = f"the index ({index.entry.type}{at}), which finds {index.entry.recall:.2f} of a row's 10 nearest"
-            return similarities_1k[0], near_1k[0], how
-    similarities_1k, near_1k = space.nearest(where, count)
-    return similarities_1k[0], near_1k[0], how
-
-
 def _units(features_MK: NDArray[np.float32]) -> NDArray[np.float64]:
     return torch.nn.functional.normalize(torch.from_numpy(features_MK), dim=1, eps=0).double().numpy()
-
-
-def _text(record: Record) -> str:
-    return conversation_of(record.columns or {}).text

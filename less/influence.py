@@ -31,6 +31,7 @@ __all__ = [
 
 AGGREGATES = ("mean-of-cosines", "cosine-of-mean")
 NORMALIZERS = ("cosine", "none")
+_ROWS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,11 @@ class InfluenceScores:
     @cached_property
     def column_N(self) -> NDArray[np.int64]:
         """The column, a subtask, that gives each row its score; the first one where several do."""
-        return self.scores_NJ.argmax(axis=1)
+        column_N = np.empty(len(self.scores_NJ), np.int64)
+        for start in range(0, len(column_N), _ROWS_AT_ONCE):  # argmax copies a map that it may not write to
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            column_N[rows] = self.scores_NJ[rows].argmax(axis=1)
+        return column_N
 
 
 def check_formula(aggregate: str, normalize: str) -> None:

@@ -25,14 +25,15 @@ from datastore.build import BUILD
 from datastore.coding import check_feature_dtype, row_bytes
 from datastore.errors import DataError, SettingError, StoreError
 from datastore.overlap import WriteBehind, read_ahead
+from datastore.shards import set_rows_aside
 from less.adam import NEEDS_MOMENTS, UPDATE_RULES
 from less.adapters import adapted_model, load_adapter_weights
 from less.checkpoints import Checkpoint, as_paths, find_checkpoints
 from less.data.batching import BatchBudget
 from less.data.records import Source
-from less.data.rendering import RenderConfig, Renderer
+from less.data.rendering import Renderer
 from less.features import FeatureSet, FeatureSetConfig, gradient_features, shared_direction
-from less.loading import load_model
+from less.loading import LoadingConfig, load_model
 from less.models import ParamLayout
 from less.moments import AdamState, load_adam_state
 from less.pool import entry_of, open_sources
@@ -48,7 +49,7 @@ from less.prefilter import (
 from less.progress import Progress
 from less.projection import ProjectionConfig, make_projector
 from less.provenance import constants_of, record_environment, record_settings
-from less.row_ranges import RowRange, compute_shards, render_range, without_rows
+from less.row_ranges import RowRange, compute_shards, render_range
 from less.scoring import ScoreConfig, load_target_sets
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ __all__ = ["BuildConfig", "BuildResult", "build_datastore"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildConfig:
-    """Settings of a build. All but the last four decide the features and are held by the store."""
+class BuildConfig(LoadingConfig):
+    """Settings of a build. All that decides the features is held by the store."""
 
     update_rule: str | Sequence[str] = "adam"
     """Γ: adam, adam-less, adam-no-momentum, sgd or sign; several fill several feature sets."""
@@ -69,8 +70,6 @@ class BuildConfig:
     """K."""
     seed: int = 0
     """Chooses Π."""
-    max_length: int = 2048
-    """Tokens a row; longer rows are cut at the end."""
     layers: str = "all"
     """LoRA layers whose gradients count: all, last:N (those of the last N blocks; the backward pass ends there), or a
     regular expression searched in their names."""
@@ -78,36 +77,20 @@ class BuildConfig:
     """Fraction of the rows that get these features: those that cheap ones rank best for the targets. None: all."""
     prefilter_layers: str | None = None
     """LoRA layers of the cheap features; None for those of `layers`."""
-    system_prompt: str = "keep"
-    """keep, none, or the text to put in place of each row's own."""
-    chat_template: str | None = None
-    """tulu, chatml or a file; None takes the tokenizer's own."""
-    dtype: str = "auto"
-    """Of the base weights: float32, bfloat16, or auto (bfloat16 on CUDA, float32 on the CPU)."""
-    tokens_per_batch: int | None = None
-    """Padded tokens in one batch; None chooses by device."""
     shard_rows: int = 1024
     """Source rows in one shard: what a killed build loses at most."""
     feature_dtype: str = "auto"
     """Of stored unit rows: float32, float16, int8, int4, binary, or auto (float32 for projection none, else int8)."""
     checkpoint_weights: Sequence[float] | None = None
     """w_c, in place of the mean learning rates of the checkpoints' logs."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    strict: bool = False
-    """Stop at the first row that cannot be used instead of skipping it."""
-    trust_remote_code: bool = False
-    """Let code that comes with the model run."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for rule in self.update_rules:
             if rule not in UPDATE_RULES:
                 raise SettingError(f"update rule must be one of {', '.join(UPDATE_RULES)}, got {rule!r}")
-        for name in ("max_length", "shard_rows"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
-            raise SettingError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
+        if self.shard_rows < 1:
+            raise SettingError(f"shard_rows must be at least 1, got {self.shard_rows}")
         if self.feature_dtype != "auto":
             check_feature_dtype(self.feature_dtype)
         if self.prefilter is not None and not 0 < self.prefilter <= 1:
@@ -152,13 +135,6 @@ class BuildConfig:
             prefilter_layers=None,
         )
 
-    @property
-    def rendering(self) -> RenderConfig:
-        """How rows become tokens."""
-        return RenderConfig(
-            max_length=self.max_length, system_prompt=self.system_prompt, chat_template=self.chat_template
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
@@ -173,7 +149,9 @@ class BuildResult:
     num_computed: int
     """Rows times checkpoints computed by this call, cheap ones too; 0 when the store was complete."""
     skipped: tuple[SkippedRow, ...]
-    """Rows left out, each with its reason; that of rows which the prefilter set aside is `prefilter`."""
+    """Rows left out, each with its reason, but for those that the prefilter set aside."""
+    num_set_aside: int
+    """Rows that the prefilter set aside."""
     num_repeated_ids: int
     """Scored rows whose id an earlier row has too."""
     num_duplicates: int
@@ -224,14 +202,7 @@ def build_datastore(
     check_prefilter(config.prefilter, targets)
     sources = open_sources(data)
     found = find_checkpoints(as_paths(checkpoints), config.checkpoint_weights)
-    base, renderer = load_model(
-        model,
-        tokenizer,
-        config.rendering,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    base, renderer = load_model(model, tokenizer, config)
     job = _Job(
         config=config,
         sources=sources,
@@ -256,6 +227,7 @@ def build_datastore(
         num_scored=store.num_rows,
         num_computed=num_computed,
         skipped=tuple(store.skipped),
+        num_set_aside=store.num_set_aside,
         num_repeated_ids=store.num_rows - len(np.unique(np.fromiter(map(hash, rows.ids), np.int64, store.num_rows))),
         num_duplicates=len(rows.digests_N) - len(np.unique(rows.digests_N)),
         num_bytes=store.num_bytes,
@@ -391,7 +363,7 @@ class _Builder:
                 set_aside = self.shortlist.set_aside(source, rows)
                 if self.shortlist.is_done(task.checkpoint):
                     exact = self.shortlist.exact_shards(source, rows)
-                    return task, {name: without_rows(shard, source, rows, set_aside) for name, shard in exact.items()}
+                    return task, {name: set_rows_aside(shard, set_aside) for name, shard in exact.items()}
                 deleted = writer.build.deleted_rows(task.source, rows.start, rows.stop)
                 return task, render_range(
                     source, rows, self.renderer, strict=strict, set_aside=set_aside, deleted=deleted

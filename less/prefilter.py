@@ -56,22 +56,17 @@ class Shortlist:
     """What the exact store records of the prefilter; None where there is none."""
     num_kept: int = 0
     """Rows ranked 1 to this number are kept."""
-    num_ranked: int = 0
-    """Rows that have a rank."""
     ranks: Mapping[str, NDArray[np.int64]] | None = None
     """By a source's sha256, the rank of each of its rows from 1; 0 for one that had no cheap features."""
-    scores: Mapping[str, NDArray[np.float32]] | None = None
-    """Likewise, its cheap score."""
     exact: Datastore | None = None
     """The cheap store, where its features are the exact ones at its checkpoint."""
 
-    def set_aside(self, source: Source, rows: range) -> dict[int, str]:
-        """Those rows of a range that get no exact features, and what put each of them there."""
-        if self.ranks is None or self.scores is None:
-            return {}
-        ranks_R, scores_R = self.ranks[source.sha256], self.scores[source.sha256]
-        left_out = rows.start + np.flatnonzero(ranks_R[rows.start : rows.stop] > self.num_kept)
-        return {n: f"rank {ranks_R[n]} of {self.num_ranked}, score {scores_R[n]:.4g}" for n in left_out.tolist()}
+    def set_aside(self, source: Source, rows: range) -> set[int]:
+        """Those rows of a range that get no exact features."""
+        if self.ranks is None:
+            return set()
+        ranks_R = self.ranks[source.sha256][rows.start : rows.stop]
+        return set((rows.start + np.flatnonzero(ranks_R > self.num_kept)).tolist())
 
     def is_done(self, checkpoint: str) -> bool:
         """Whether the cheap store has the exact features of this checkpoint."""
@@ -123,16 +118,14 @@ class Places:
         """
         num_ranked = len(self.rows_P)
         num_kept = num_to_select(num_ranked, fraction=asked["fraction"]) if num_ranked else 0
-        ranks, scores, digest = {}, {}, hashlib.sha256()
+        ranks, digest = {}, hashlib.sha256()
         for source in sorted(sources, key=lambda source: source.sha256):
             own_P = self.sources_P == self.sources.index(source.sha256)
             ranks[source.sha256] = ranks_R = np.zeros(source.num_rows, np.int64)
-            scores[source.sha256] = scores_R = np.zeros(source.num_rows, np.float32)
             ranks_R[self.rows_P[own_P]] = self.ranks_P[own_P]
-            scores_R[self.rows_P[own_P]] = self.scores_P[own_P]
             digest.update(source.sha256.encode())
             digest.update(np.flatnonzero(ranks_R <= num_kept).astype("<i8").tobytes())
-        return Shortlist(asked | {"kept_rows_sha256": digest.hexdigest()}, num_kept, num_ranked, ranks, scores)
+        return Shortlist(asked | {"kept_rows_sha256": digest.hexdigest()}, num_kept, ranks)
 
 
 def check_prefilter(fraction: float | None, targets: Any) -> None:

@@ -31,7 +31,7 @@ from less.influence import InfluenceScores
 from less.methods import open_scorer
 from less.pool import Pool
 from less.scoring import ScoreConfig
-from less.selection import SET_ASIDE, Candidates, Choice, Labels, SelectConfig, choose, num_to_select, ranks
+from less.selection import Candidates, Choice, Labels, SelectConfig, choose, num_to_select, ranks
 from less.selection.candidates import Features
 from less.statistics import spearman
 
@@ -156,8 +156,8 @@ def select(
     store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
     if combine is not None and combine not in COMBINATIONS:
         raise SettingError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
-    scoring, strategy = _configs(settings, config, by_turns=combine == "round-robin")
-    num_set_aside = store.manifest.counts["num_skipped"].get(SET_ASIDE, 0)
+    scoring, strategy, compared_by = _configs(settings, config, by_turns=combine == "round-robin")
+    num_set_aside = store.num_set_aside
     if strategy.token_budget is None:  # what cannot be had is said before anything is computed
         num_to_select(store.num_rows, fraction=strategy.fraction, count=strategy.count, num_set_aside=num_set_aside)
     if away_from is None and (strategy.away_weight is not None or strategy.away_above is not None):
@@ -178,7 +178,7 @@ def select(
     influence, scored_sets = scorer.score([*target_sets, *avoided])
     target_sets, avoided = scored_sets[: len(target_sets)], scored_sets[len(target_sets) :]
     away_N = influence.of(*(t.name for t in avoided)).score_N if avoided else None
-    features_of = _features_of(store, scoring) if strategy.needs_features else None
+    features_of = _features_of(store, compared_by, scoring.verify) if strategy.needs_features else None
     groups = [[t] for t in target_sets] if combine is None else [target_sets]
     selections = []
     for group, name, output_file, score_file in zip(groups, names, output_files, score_files, strict=True):
@@ -205,7 +205,7 @@ def select(
         if output_file is not None:
             write_selected(output_file, selection.records, selection.columns, pool.kind)
         if score_file is not None:
-            write_lines(score_file, _score_lines(store, own, away_N))
+            write_lines(score_file, _score_lines(store, own, away_N, choice))
         selections.append(selection)
     return selections
 
@@ -224,8 +224,13 @@ def _warn_of_length(name: str, influence: InfluenceScores) -> None:
         )
 
 
-def _configs(settings: dict[str, Any], file: str | Path | None, *, by_turns: bool) -> tuple[ScoreConfig, SelectConfig]:
-    """The settings of scoring and of choosing; `TypeError` for a word that neither has."""
+def _configs(
+    settings: dict[str, Any], file: str | Path | None, *, by_turns: bool
+) -> tuple[ScoreConfig, SelectConfig, str | None]:
+    """The settings of scoring and of choosing, and by which features rows are compared with each other.
+
+    `TypeError` for a word that neither has.
+    """
     of_scoring, of_choosing = ({field.name for field in fields(kind)} for kind in (ScoreConfig, SelectConfig))
     if strange := settings.keys() - of_scoring - of_choosing:
         raise TypeError(f"select() got an unexpected keyword argument {min(strange)!r}")
@@ -233,7 +238,11 @@ def _configs(settings: dict[str, Any], file: str | Path | None, *, by_turns: boo
     if by_turns:
         chosen["turns"] = "target-set"
     strategy = SelectConfig(**chosen) if file is None else SelectConfig.load(file, **chosen)
-    return ScoreConfig(**{name: value for name, value in settings.items() if name in of_scoring}), strategy
+    scoring = {name: value for name, value in settings.items() if name in of_scoring}
+    compared_by = scoring.get("feature_set")
+    if strategy.needs_features and scoring.get("method") not in (None, "less"):
+        scoring["feature_set"] = None  # a baseline scores by none, and refuses one
+    return ScoreConfig(**scoring), strategy, compared_by
 
 
 def _named_apart(avoided: Sequence[TargetSet], target_sets: Sequence[TargetSet]) -> list[TargetSet]:
@@ -251,21 +260,23 @@ def _labels_of(pool: Pool, store: Datastore, columns: Sequence[str]) -> dict[str
     """
     if not columns:
         return {}
-    values: dict[str, list[Any]] = {name: [] for name in columns}
     known: dict[str, None] = {}
-    for record in pool.iter_records(store.rows(verify=False)):
-        own = record.columns or {}
-        known.update(dict.fromkeys(own))
-        for name, column in values.items():
-            column.append(own.get(name))
+
+    def iter_values() -> Iterator[list[Any]]:
+        for record in pool.iter_records(store.rows(verify=False)):
+            own = record.columns or {}
+            known.update(dict.fromkeys(own))
+            yield [own.get(name) for name in columns]
+
+    labels = Labels.of_columns(iter_values(), len(columns))
     if missing := [name for name in columns if name not in known]:
         raise SettingError(f"the pool has no column {missing[0]!r} to select by; it has {', '.join(known)}")
-    return {name: Labels.of(column) for name, column in values.items()}
+    return dict(zip(columns, labels, strict=True))
 
 
-def _features_of(store: Datastore, config: ScoreConfig) -> Features:
+def _features_of(store: Datastore, feature_set: str | None, verify: bool) -> Features:
     """Rows as vectors whose inner products are similarities in gradient space, wide ones sketched."""
-    space = GradientSpace(store, config.feature_set, verify=config.verify)
+    space = GradientSpace(store, feature_set, verify=verify)
     sketch = SignSketch(list(space.weights), space.width // len(space.weights), SKETCH_DIM, seed=0)
     width = min(SKETCH_DIM, space.width)
 
@@ -294,16 +305,27 @@ def _warn_of_other_targets(store: Datastore, target_sets: Sequence[TargetSet]) -
         )
 
 
-def _score_lines(store: Datastore, influence: InfluenceScores, away_N: NDArray[np.float32] | None) -> Iterator[str]:
-    """One JSON object a candidate, in the pool's order; a skipped row has its reason in place of scores."""
+def _score_lines(
+    store: Datastore, influence: InfluenceScores, away_N: NDArray[np.float32] | None, choice: Choice
+) -> Iterator[str]:
+    """One JSON object a candidate, in the pool's order, each with the same fields; a skipped row has no scores.
+
+    `selected` is a row's rank in the selection, `passed_over` the rule that left it out when its turn had come.
+    """
     rank_N, ids, position = ranks(influence.score_N), iter(influence.rows.ids), 0
+    selected_N = np.zeros(len(rank_N), np.int64)
+    selected_N[choice.positions] = np.arange(1, len(choice.positions) + 1)
+    rules, rule_N = [None, *choice.passed_over], np.zeros(len(rank_N), np.int32)
+    for code, positions in enumerate(choice.passed_over.values(), start=1):
+        rule_N[positions] = code
+    nothing = {"selected": None, "passed_over": None, "skipped": None} | ({} if away_N is None else {"away": None})
     for span in store.manifest.ranges:
-        skipped = {row.row: row for row in span.skipped}
+        skipped = {row.row: row for row in store.left_out(span)}
         for row in range(span.start, span.stop):
             line: dict[str, Any]
             if row in skipped:
                 line = {"id": skipped[row].id, "score": None, "subtask": None, "rank": None, "scores": {}}
-                line["skipped"] = skipped[row].reason
+                line |= nothing | {"skipped": skipped[row].reason}
             else:
                 line = {
                     "id": next(ids),
@@ -311,6 +333,9 @@ def _score_lines(store: Datastore, influence: InfluenceScores, away_N: NDArray[n
                     "subtask": influence.subtasks[influence.column_N[position]],
                     "rank": int(rank_N[position]),
                     "scores": dict(zip(influence.subtasks, influence.scores_NJ[position].tolist(), strict=True)),
+                    **nothing,
+                    "selected": int(selected_N[position]) or None,
+                    "passed_over": rules[rule_N[position]],
                 }
                 if away_N is not None:
                     line["away"] = float(away_N[position])

@@ -7,9 +7,8 @@ last bits of a feature and is therefore noted in the shard. Which ranges are com
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -18,17 +17,13 @@ from torch import Tensor
 
 from datastore import Shard, SkippedRow
 from datastore.coding import encode
-from datastore.shards import drop_rows
 from less.data.batching import Batch, BatchBudget, collate, run_in_batches
 from less.data.records import Record, RowProblem, Source, skip
 from less.data.rendering import Rendered, Renderer
 from less.features import BatchFeatures
 from less.progress import Progress
-from less.selection import SET_ASIDE
 
-__all__ = ["RowRange", "compute_shards", "content_digest", "render_range", "without_rows"]
-
-NO_ROWS: Mapping[int, str] = MappingProxyType({})
+__all__ = ["RowRange", "compute_shards", "content_digest", "render_range"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,9 @@ class RowRange:
     rendered: list[Rendered]
     """Their tokens."""
     skipped: list[SkippedRow]
-    """The others."""
+    """The others, but for those that are set aside."""
+    set_aside: dict[int, str]
+    """The labels of these, by row."""
 
 
 def render_range(
@@ -49,7 +46,7 @@ def render_range(
     renderer: Renderer,
     *,
     strict: bool,
-    set_aside: Mapping[int, str] = NO_ROWS,
+    set_aside: Collection[int] = frozenset(),
     deleted: Sequence[SkippedRow] = (),
 ) -> RowRange:
     """Read and render the rows of a range.
@@ -59,19 +56,19 @@ def render_range(
         rows: their numbers.
         renderer: makes tokens of them.
         strict: a row that cannot be used is an error.
-        set_aside: rows that are to be skipped unseen, each with a word on why (`less.prefilter`).
-        deleted: entries of rows that were deleted from the store, which are skipped unseen too.
+        set_aside: rows that are to be left out unseen (`less.prefilter`).
+        deleted: entries of rows that were deleted from the store, which are skipped unseen.
 
     Raises:
         RowError: a row cannot be used, under `strict`.
     """
-    found, gone = RowRange([], [], []), {row.row: row for row in deleted}
+    found, gone = RowRange([], [], [], {}), {row.row: row for row in deleted}
     for record in source.iter_records(rows.start, rows.stop):
         if record.number in gone:
             found.skipped.append(gone[record.number])
             continue
         if record.number in set_aside:
-            found.skipped.append(_set_aside(record, set_aside[record.number]))
+            found.set_aside[record.number] = record.id
             continue
         try:
             found.rendered.append(renderer.render_record(record))
@@ -79,14 +76,6 @@ def render_range(
         except RowProblem as problem:
             found.skipped.append(skip(record, problem, strict=strict))
     return found
-
-
-def without_rows(shard: Shard, source: Source, rows: range, set_aside: Mapping[int, str]) -> Shard:
-    """A shard of these rows of a source without those that are set aside."""
-    records = source.iter_records(rows.start, rows.stop)
-    return drop_rows(
-        shard, [_set_aside(record, set_aside[record.number]) for record in records if record.number in set_aside]
-    )
 
 
 def compute_shards(
@@ -117,7 +106,7 @@ def compute_shards(
         UnsupportedError: see `less.gradients.per_sample_gradients`.
     """
     records, rendered = rows.records, rows.rendered
-    bar.advance(sum(row.reason != SET_ASIDE for row in rows.skipped))
+    bar.advance(len(rows.skipped))
     results = {
         name: _Results.empty(len(records), dim, "float16" if dtypes[name] == "float16" else "float32", device)
         for name, dim in widths.items()
@@ -152,6 +141,7 @@ def compute_shards(
             digests_N=np.array([content_digest(rendered[n]) for n in kept], np.uint64),
             ids=[records[n].id for n in kept],
             skipped=sorted(rows.skipped + bad, key=lambda row: row.row),
+            set_aside=rows.set_aside,
             notes={"oom_retries": num_retries} if num_retries else {},
         )
     return shards
@@ -187,10 +177,6 @@ class _Results:
         at_B = torch.tensor(rows, pin_memory=features_BK.is_cuda).to(features_BK.device, non_blocking=True)
         self.units_NK[at_B] = (features_BK / norms_B[:, None]).to(self.units_NK.dtype)
         self.numbers_4N[:, at_B] = torch.stack([norms_B, losses_B, grad_norms_B, update_norms_B])
-
-
-def _set_aside(record: Record, why: str) -> SkippedRow:
-    return SkippedRow(row=record.number, where=record.where, id=record.id, reason=SET_ASIDE, detail=why)
 
 
 def _problems(numbers_4N: NDArray[np.float32]) -> dict[int, RowProblem]:

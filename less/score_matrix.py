@@ -2,18 +2,18 @@
 
     <store>.scores/<hash of what it is of>/
         scores.npy       scores_NJ, float32, in the pool's order
-        progress.json    while the scan goes on: the rows that scores.npy holds already
+        progress.json    while the scan goes on: what it is of, and how many rows scores.npy holds already
         scores.json      what it is of, and the checksum of scores.npy; written last
 
 What it is of: the store's manifest, so that a store that has changed since is another one, and all that the scores
-depend on. A killed scan goes on where it was. Folders of an older manifest are removed by the next scan. Where nothing
-can be written, or another process is writing the same matrix, scores are kept in memory only.
+depend on. A killed scan goes on where it was. Folders of another manifest are removed by the next scan, but for those
+that a process still writes to. Where nothing can be written, or another process is writing the same matrix, scores are
+kept in memory only.
 """
 
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -102,13 +102,15 @@ class ScoreMatrix:
         else:
             shape = (self._num_rows, num_subtasks)
             scores_NJ = open_memmap(self.path / SCORES, mode="w+", dtype=np.float32, shape=shape)
+        progress = {"made_of": self._made_of, "queries_sha256": queries_sha256}
+        self._write_json(PROGRESS, progress | {"num_done": first})
         saved = time.monotonic()
         for start, scores_nJ in parts(first):
             stop = start + len(scores_nJ)
             scores_NJ[start:stop] = scores_nJ
             if time.monotonic() - saved > _SECONDS_BETWEEN:
                 scores_NJ.flush()
-                self._write_json(PROGRESS, {"num_done": stop, "queries_sha256": queries_sha256})
+                self._write_json(PROGRESS, progress | {"num_done": stop})
                 saved = time.monotonic()
         scores_NJ.flush()
         sha256 = hash_file(self.path / SCORES).sha256
@@ -141,11 +143,16 @@ class ScoreMatrix:
             return None
 
     def _remove_stale(self) -> None:
-        """Remove what is of an older state of the store."""
+        """Remove what is of another state of the store, finished or not."""
         for folder in self.path.parent.iterdir():
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                if _read_json(folder / DONE)["made_of"]["manifest"] != self._made_of["manifest"]:
-                    shutil.rmtree(folder)
+            with suppress(OSError, StoreError, ValueError, KeyError, TypeError):
+                doc = _read_json(folder / (DONE if (folder / DONE).exists() else PROGRESS))
+                if doc["made_of"]["manifest"] == self._made_of["manifest"]:
+                    continue
+                os.close(lock_folder(folder))  # else another process writes to it
+                for name in (DONE, PROGRESS, SCORES, ".lock"):
+                    (folder / name).unlink(missing_ok=True)
+                folder.rmdir()
 
     def _write_json(self, name: str, doc: Mapping[str, Any]) -> None:
         write_atomic(self.path / name, [canonical_json(doc).encode() + b"\n"])

@@ -52,7 +52,7 @@ class ScoreConfig:
     method: str | None = None
     """less, rds, bm25, length, perplexity or random; None: less for a store of gradients, rds for one of embeddings."""
     feature_set: str | None = None
-    """Which of the store's feature sets; `less` needs it where there are several."""
+    """Which of the store's feature sets `less` scores by, and rows are compared by; needed where there are several."""
     aggregate: str = "mean-of-cosines"
     """mean-of-cosines, or cosine-of-mean (the paper's text)."""
     normalize: str = "cosine"
@@ -186,7 +186,9 @@ class Scorer:
         self._known: dict[str, Tensor] = {} if known is None else known
         self.feature_set = choose_feature_set(store, config.feature_set)
         if store.num_rows == 0:
-            raise DataError(f"{store.path} has no row to score: all {len(store.skipped)} of its pool were skipped")
+            raise DataError(
+                f"{store.path} has no row to score: all {store.manifest.counts['num_rows']} of its pool were skipped"
+            )
         if model is None:
             _name_of_model(store)
         self.checkpoints = self._find_checkpoints(checkpoints or store.environment["checkpoints"])

@@ -3,11 +3,10 @@
     store + selected rows + every candidate's scores → SelectionReport
 
 Nothing is computed again: scores are read as `less.ranking` wrote them, lengths and norms as the store holds them. The
-pool is streamed for the values of its columns, and only the rows that are shown are kept. The page that shows the facts
-is left to the caller.
+pool and the scores are streamed; some dozen bytes of each row are kept, and the rows that are shown. The page that
+shows the facts is left to the caller.
 """
 
-import hashlib
 import math
 import os
 from array import array
@@ -28,12 +27,13 @@ from less.data.sources import json_of
 from less.pool import Pool
 from less.provenance import holds_gradients
 from less.ranking import FEW_ROWS, MOSTLY
-from less.selection import ranks
+from less.selection import AWAY, ranks
 from less.statistics import spearman
 
 __all__ = [
     "AwayFacts",
     "ColumnFacts",
+    "RuleFacts",
     "SelectionReport",
     "ShownRow",
     "Spread",
@@ -44,8 +44,8 @@ __all__ = [
 
 DEFAULT_COLUMNS = ("dataset", "subtask", "skill")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_ADDED = "influence_"  # what the names of the columns that `select` adds begin with
 _CHARS_OF_A_VALUE = 80
+_WHOLE = "give the two files that one gradsift select wrote, as it wrote them"
 _MOST_VALUES = 10_000  # of a column that are told apart; a column with more is no way to group rows
 
 
@@ -104,6 +104,22 @@ class SubtaskFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RuleFacts:
+    """Rows whose turn came, and that a rule left out."""
+
+    rule: str
+    """`away`, `duplicate`, `near-duplicate` or `cap column=value`."""
+    num_rows: int
+    """How many."""
+    mean_score: float
+    """Their mean score."""
+    best_rank: int
+    """The best rank by score among them."""
+    mean_away: float | None
+    """Their mean score for the negative targets, if there are any."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AwayFacts:
     """What negative targets did. Scores for them: the higher, the more a row points to what is to be avoided."""
 
@@ -113,8 +129,15 @@ class AwayFacts:
     """Over the selected rows."""
     mean_best: float
     """Over as many rows, the best by score alone."""
-    mean_passed_over: float | None
-    """Over those of the best by score that were not selected; None where all were."""
+    num_forbidden: int
+    """Rows left out since they reach the threshold; they are among the rules as well."""
+    mean_forbidden: float | None
+    """Over those; None where there are none."""
+    num_outranked: int
+    """Rows among the best by score alone that no rule left out and that were not selected: what is taken off for
+    negative targets put others before them, or turns, quotas or diversity did."""
+    mean_outranked: float | None
+    """Over those; None where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +158,8 @@ class ShownRow:
     """Its place in the selection, from 1; None where it was not selected."""
     reason: str | None
     """Why it was selected."""
+    passed_over: str | None
+    """The rule that left it out when its turn came, if one did."""
     away: float | None
     """Its score for the negative targets, if there are any."""
     num_supervised: int
@@ -167,6 +192,8 @@ class SelectionReport:
     """By source, where there are several, and by columns of the pool."""
     subtasks: tuple[SubtaskFacts, ...]
     """In the order of the scores."""
+    rules: tuple[RuleFacts, ...]
+    """What each rule left out, the most rows first."""
     away: AwayFacts | None
     """What negative targets did, if there were any."""
     top: tuple[ShownRow, ...]
@@ -190,7 +217,7 @@ class SelectionReport:
         shown = {name: [_shown_json(row) for row in getattr(self, name)] for name in ("top", "bottom", "below")}
         rest = {name: getattr(self, name) for name in names - shown.keys()}
         plain = {
-            name: [asdict(item) for item in value] if name in ("spreads", "columns", "subtasks") else value
+            name: [asdict(item) for item in value] if name in ("spreads", "columns", "subtasks", "rules") else value
             for name, value in rest.items()
         }
         plain["away"] = None if self.away is None else asdict(self.away)
@@ -233,17 +260,10 @@ def report_selection(
     rows = store.rows(feature_set, verify=verify)
     found = _Scores.read(open_source(scores), rows)
     pool = Pool(store, data)
-    source = open_source(selected)
-    taken = _Taken.read(source, rows)
-    if strange := set(taken.subtasks) - set(found.names):
-        raise DataError(
-            f"rows of {source.name} were taken for {min(strange)!r}, and the scores are for {', '.join(found.names)}; "
-            "give the files that one gradsift select wrote"
-        )
-    by_value = _by_value(pool, rows, taken, columns)
-    positions = taken.positions
-    is_selected_N = np.zeros(store.num_rows, bool)
+    taken = _Taken.read(open_source(selected), found)
+    positions, is_selected_N = taken.positions, np.zeros(store.num_rows, bool)
     is_selected_N[positions] = True
+    by_value = _by_value(pool, rows, positions, columns)
     score_N, rank_N = found.score_N, ranks(found.score_N)
     best = np.argsort(rank_N, kind="stable")
     norm_N = _norms(store, feature_set, verify)
@@ -261,9 +281,10 @@ def report_selection(
                 record=record,
                 score=float(score_N[n]),
                 rank=int(rank_N[n]),
-                subtask=found.names[found.best_N[n]] if n not in place else taken.subtasks[place[n]],
+                subtask=found.subtasks[found.best_N[n]] if n not in place else taken.subtasks[place[n]],
                 selected_rank=place[n] + 1 if n in place else None,
                 reason=taken.reasons[place[n]] if n in place else None,
+                passed_over=None if n in place else found.rule_of(n),
                 away=None if found.away_N is None else float(found.away_N[n]),
                 num_supervised=int(rows.num_supervised_N[n]),
                 grad_norm=None if norm_N is None else float(norm_N[n]),
@@ -283,7 +304,8 @@ def report_selection(
         warnings=tuple(_warnings(spreads, store.num_rows)),
         spreads=tuple(spreads),
         columns=by_value,
-        subtasks=_subtasks(found, taken, is_selected_N),
+        subtasks=_subtasks(found, taken),
+        rules=_rules(found, rank_N),
         away=_away(found, is_selected_N, best[:num_selected]),
         top=shown(positions[:num_top]),
         bottom=shown(positions[max(num_top, num_selected - num_ends) :]),
@@ -299,56 +321,118 @@ def report_selection(
 class _Scores:
     """The lines of a file of scores, of the store's scored rows."""
 
-    names: list[str]
-    scores_NJ: NDArray[np.float32]
+    name: str
+    subtasks: list[str]
     score_N: NDArray[np.float32]
-    best_N: NDArray[np.int64]
+    best_N: NDArray[np.int32]
+    """The subtask of the highest score."""
     away_N: NDArray[np.float32] | None
+    selected_N: NDArray[np.int32]
+    """Rank in the selection, from 1; 0 for a row that is not in it."""
+    rules: list[str]
+    rule_N: NDArray[np.int32]
+    """The rule that passed it over, from 1; 0 where none did."""
+    sums_J: NDArray[np.float64]
+    """Of all scores for each subtask."""
+    sums_selected_J: NDArray[np.float64]
+    """Of those of the selected rows."""
+    ids: dict[int, str]
+    """Of the selected rows, by their rank."""
     skipped: dict[str, int]
 
     @classmethod
     def read(cls, source: Source, rows: RowTable) -> "_Scores":
         """`DataError` where the file is not of these rows."""
-        names: list[str] = []
-        values, away, score = array("f"), array("f"), array("f")
-        skipped: Counter[str] = Counter()
+        lines = _ScoreLines(rows)
         for record in source.iter_records():
-            line = record.columns or {}
-            if "skipped" in line:
-                skipped[str(line["skipped"])] += 1
-                continue
-            n = len(score)
-            key = (line.get("source"), line.get("row"))
-            if not {"score", "scores"} <= line.keys() or not isinstance(line["scores"], dict) or not line["scores"]:
-                raise DataError(f"{record.where} has no scores; expected what gradsift select --scores writes")
-            if n >= len(rows.ids) or key != (rows.sources_N[n], rows.rows_N[n]):
-                expected = f"{rows.sources_N[n]}:{rows.rows_N[n]}" if n < len(rows.ids) else "no more rows"
-                raise DataError(
-                    f"{record.where} is row {key[0]}:{key[1]}, expected {expected}: the scores are not of this store, "
-                    "or rows were added or deleted since; select again with --scores"
-                )
-            names = names or list(line["scores"])
-            try:
-                values.extend(line["scores"][name] for name in names)
-                score.append(line["score"])
-                if "away" in line:
-                    away.append(line["away"])
-            except (KeyError, TypeError):
-                raise DataError(f"{record.where} has other scores than the lines before; select again") from None
-        if len(score) != len(rows.ids):
+            lines.add(record)
+        if len(lines.score) != len(rows.rows_N):
             raise DataError(
-                f"{source.name} has the scores of {len(score):,} rows, and the store has {len(rows.ids):,}; give the "
-                "file that gradsift select --scores wrote for this store"
+                f"{source.name} has the scores of {len(lines.score):,} rows, and the store has {len(rows.rows_N):,}; "
+                "give the file that gradsift select --scores wrote for this store"
             )
-        scores_NJ = np.frombuffer(values, np.float32).reshape(len(score), len(names))
+        places = sorted(place for place in lines.selected if place)
+        if places != list(range(1, len(lines.ids) + 1)):
+            raise DataError(f"{source.name} has selected rows whose ranks are not 1 to {len(places):,}: {_WHOLE}")
         return cls(
-            names=names,
-            scores_NJ=scores_NJ,
-            score_N=np.frombuffer(score, np.float32),
-            best_N=scores_NJ.argmax(axis=1),
-            away_N=np.frombuffer(away, np.float32) if len(away) == len(score) else None,
-            skipped=dict(skipped.most_common()),
+            name=source.name,
+            subtasks=lines.subtasks,
+            score_N=np.frombuffer(lines.score, np.float32),
+            best_N=np.frombuffer(lines.best, np.int32),
+            away_N=np.frombuffer(lines.away, np.float32) if lines.away else None,
+            selected_N=np.frombuffer(lines.selected, np.int32),
+            rules=list(lines.rules),
+            rule_N=np.frombuffer(lines.rule, np.int32),
+            sums_J=lines.sums_J,
+            sums_selected_J=lines.sums_selected_J,
+            ids=lines.ids,
+            skipped=dict(lines.skipped.most_common()),
         )
+
+    def rule_of(self, position: int) -> str | None:
+        """The rule that passed a row over."""
+        code = int(self.rule_N[position])
+        return self.rules[code - 1] if code else None
+
+
+class _ScoreLines:
+    """What is kept of the lines read so far: all but the scores for each subtask, which memory may not hold."""
+
+    def __init__(self, rows: RowTable) -> None:
+        self.rows = rows
+        self.subtasks: list[str] = []
+        self.score, self.away = array("f"), array("f")
+        self.best, self.selected, self.rule = array("i"), array("i"), array("i")
+        self.rules: dict[str, int] = {}
+        self.sums_J = self.sums_selected_J = np.zeros(0)
+        self.ids: dict[int, str] = {}
+        self.skipped: Counter[str] = Counter()
+
+    def add(self, record: Record) -> None:
+        """One line of the file."""
+        line = record.columns or {}
+        if line.get("skipped") is not None:
+            self.skipped[str(line["skipped"])] += 1
+            return
+        if not {"score", "scores", "selected", "passed_over"} <= line.keys() or not isinstance(line["scores"], dict):
+            raise DataError(f"{record.where} has no scores; expected what gradsift select --scores writes")
+        self._check_key(record, line)
+        try:
+            self._add_numbers(line)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise DataError(f"{record.where} has other scores than the lines before; select again") from None
+        if line["selected"] is not None:
+            self.ids[line["selected"]] = str(line["id"])
+
+    def _check_key(self, record: Record, line: Mapping[str, Any]) -> None:
+        n, rows = len(self.score), self.rows
+        key, there = (line.get("source"), line.get("row")), n < len(rows.rows_N)
+        if not there or key != (rows.sources_N[n], rows.rows_N[n]):
+            expected = f"{rows.sources_N[n]}:{rows.rows_N[n]}" if there else "no more rows"
+            raise DataError(
+                f"{record.where} is row {key[0]}:{key[1]}, expected {expected}: the scores are not of this store, "
+                "or rows were added or deleted since; select again with --scores"
+            )
+
+    def _add_numbers(self, line: Mapping[str, Any]) -> None:
+        if not self.subtasks:
+            self.subtasks = list(line["scores"])
+            self.sums_J, self.sums_selected_J = np.zeros((2, len(self.subtasks)))
+        scores_J = np.array([line["scores"][name] for name in self.subtasks], np.float32)
+        if not np.isfinite(scores_J).all():  # a null becomes NaN
+            raise ValueError("scores")
+        self.best.append(int(scores_J.argmax()))
+        self.score.append(line["score"])
+        self.selected.append(line["selected"] or 0)
+        rule = line["passed_over"]
+        self.rule.append(0 if rule is None else self.rules.setdefault(str(rule), len(self.rules) + 1))
+        if "away" in line:
+            self.away.append(line["away"])
+        if self.away and len(self.away) != len(self.score):
+            raise KeyError("away")
+        self.sums_J += scores_J
+        if line["selected"] is not None:
+            self.sums_selected_J += scores_J
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,49 +442,42 @@ class _Taken:
     positions: NDArray[np.int64]
     subtasks: list[str]
     reasons: list[str]
-    where: list[str]
-    contents: dict[bytes, list[int]]
-    """Places in `positions`, still -1, by the hash of the row's own columns: rows that no id tells apart."""
 
     @classmethod
-    def read(cls, source: Source, rows: RowTable) -> "_Taken":
-        """`DataError` where a row has not what `select` adds."""
-        num_of, at = Counter(rows.ids), {name: n for n, name in enumerate(rows.ids)}
-        found: list[int] = []
-        subtasks, reasons, where = [], [], []
-        contents: dict[bytes, list[int]] = {}
-        for record in source.iter_records():
+    def read(cls, source: Source, scores: _Scores) -> "_Taken":
+        """`DataError` where a row has not what `select` adds, or the scores were written with another selection."""
+        subtasks, reasons = [], []
+        for rank, record in enumerate(source.iter_records(), start=1):
             line = record.columns or {}
-            if not {"influence_score", "influence_subtask"} <= line.keys():
-                raise DataError(f"{record.where} has no influence_score; expected what gradsift select --output writes")
-            name = None if line.get("id") is None else str(line["id"])
-            if name is not None and num_of[name] == 1:
-                found.append(at[name])
-            else:
-                contents.setdefault(_content(line), []).append(len(found))
-                found.append(-1)
-            subtasks.append(str(line["influence_subtask"]))
+            if not {"influence_rank", "influence_subtask"} <= line.keys():
+                raise DataError(f"{record.where} has no influence_rank; expected what gradsift select --output writes")
+            if line["influence_rank"] != rank:
+                raise DataError(f"{record.where} has the rank {line['influence_rank']}, expected {rank}: {_WHOLE}")
+            name = line.get("id")
+            known = rank in scores.ids and (name is None or str(name) == scores.ids[rank])
+            if not known or line["influence_subtask"] not in scores.subtasks:
+                raise DataError(f"{record.where} is not the row of rank {rank} in {scores.name}: {_WHOLE}")
+            subtasks.append(line["influence_subtask"])
             reasons.append(str(line.get("influence_reason", "")))
-            where.append(record.where)
-        return cls(
-            positions=np.array(found, np.int64), subtasks=subtasks, reasons=reasons, where=where, contents=contents
-        )
+        if len(subtasks) != len(scores.ids):
+            raise DataError(
+                f"{source.name} has {len(subtasks):,} rows, and {scores.name} says that {len(scores.ids):,} are "
+                f"selected: {_WHOLE}"
+            )
+        taken = np.flatnonzero(scores.selected_N)
+        positions = taken[np.argsort(scores.selected_N[taken])]
+        return cls(positions=positions, subtasks=subtasks, reasons=reasons)
 
 
-def _content(columns: Mapping[str, Any]) -> bytes:
-    """A hash of a row's own columns. A null counts as missing, since Parquet fills gaps with them."""
-    own = {name: value for name, value in columns.items() if value is not None and not name.startswith(_ADDED)}
-    return hashlib.sha256(json_of(own, sort_keys=True).encode()).digest()
-
-
-def _by_value(pool: Pool, rows: RowTable, taken: _Taken, asked: Sequence[str]) -> tuple[ColumnFacts, ...]:
-    """Selected against pool by value; the pool is streamed once, and `taken.positions` completed by it."""
+def _by_value(
+    pool: Pool, rows: RowTable, positions: NDArray[np.int64], asked: Sequence[str]
+) -> tuple[ColumnFacts, ...]:
+    """Selected against pool by value; the pool is streamed once."""
     names = tuple(dict.fromkeys(asked)) or DEFAULT_COLUMNS
-    waiting = {key: places[::-1] for key, places in taken.contents.items()}
     codes: dict[str, dict[str, int]] = {name: {} for name in names}
     code_of = {name: array("i") for name in names}
     known: dict[str, None] = {}
-    for n, record in enumerate(pool.iter_records(rows)):
+    for record in pool.iter_records(rows):
         own = record.columns or {}
         known.update(dict.fromkeys(own))
         for name in names:
@@ -410,25 +487,16 @@ def _by_value(pool: Pool, rows: RowTable, taken: _Taken, asked: Sequence[str]) -
             )
             room = len(of_name) < _MOST_VALUES
             code_of[name].append(of_name.setdefault(text, len(of_name)) if room else of_name.get(text, -1))
-        if waiting and (places := waiting.get(_content(own))):
-            taken.positions[places.pop()] = n
-    if (lost := np.flatnonzero(taken.positions < 0)).size:
-        raise DataError(
-            f"{taken.where[lost[0]]} is no scored row of the store; give the selection that was made from it, with its "
-            "columns as gradsift select wrote them"
-        )
-    if len(np.unique(taken.positions)) < len(taken.positions):
-        raise DataError("the selection has the same row of the store twice; expected what gradsift select wrote")
     if missing := [name for name in asked if name not in known]:
         raise SettingError(f"the pool has no column {missing[0]!r} to compare by; it has {', '.join(known)}")
     found = []
     if len(pool.sources) > 1:
         sources = [source.name for source in pool.sources]
-        found.append(_column("source", sources, rows.sources_N, taken.positions))
+        found.append(_column("source", sources, rows.sources_N, positions))
     for name in names:
         if name in known:
             code_N = np.frombuffer(code_of[name], np.int32)
-            found.append(_column(name, list(codes[name]), code_N, taken.positions))
+            found.append(_column(name, list(codes[name]), code_N, positions))
     return tuple(found)
 
 
@@ -489,33 +557,51 @@ def _signed(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
-def _subtasks(found: _Scores, taken: _Taken, is_selected_N: NDArray[np.bool_]) -> tuple[SubtaskFacts, ...]:
+def _subtasks(found: _Scores, taken: _Taken) -> tuple[SubtaskFacts, ...]:
     num_taken = Counter(taken.subtasks)
-    num_best = np.bincount(found.best_N, minlength=len(found.names))
-    mean_pool, mean_selected = (
-        scores.mean(axis=0, dtype=np.float64) for scores in (found.scores_NJ, found.scores_NJ[is_selected_N])
-    )
+    num_best = np.bincount(found.best_N, minlength=len(found.subtasks))
     return tuple(
         SubtaskFacts(
             subtask=name,
             num_pool=int(num_best[j]),
             num_selected=num_taken[name],
-            mean_pool=float(mean_pool[j]),
-            mean_selected=float(mean_selected[j]),
+            mean_pool=float(found.sums_J[j] / len(found.score_N)),
+            mean_selected=float(found.sums_selected_J[j] / len(taken.positions)),
         )
-        for j, name in enumerate(found.names)
+        for j, name in enumerate(found.subtasks)
     )
+
+
+def _rules(found: _Scores, rank_N: NDArray[np.int64]) -> tuple[RuleFacts, ...]:
+    facts = []
+    for code, rule in enumerate(found.rules, start=1):
+        own = np.flatnonzero(found.rule_N == code)
+        facts.append(
+            RuleFacts(
+                rule=rule,
+                num_rows=len(own),
+                mean_score=float(found.score_N[own].mean()),
+                best_rank=int(rank_N[own].min()),
+                mean_away=None if found.away_N is None else float(found.away_N[own].mean()),
+            )
+        )
+    return tuple(sorted(facts, key=lambda facts: -facts.num_rows))
 
 
 def _away(found: _Scores, is_selected_N: NDArray[np.bool_], best: NDArray[np.int64]) -> AwayFacts | None:
     if found.away_N is None:
         return None
-    away_N, passed_over = found.away_N, best[~is_selected_N[best]]
+    away_N = found.away_N
+    forbidden = np.flatnonzero(found.rule_N == found.rules.index(AWAY) + 1) if AWAY in found.rules else best[:0]
+    outranked = best[~is_selected_N[best] & (found.rule_N[best] == 0)]
     return AwayFacts(
         mean_pool=float(away_N.mean()),
         mean_selected=float(away_N[is_selected_N].mean()),
         mean_best=float(away_N[best].mean()),
-        mean_passed_over=float(away_N[passed_over].mean()) if passed_over.size else None,
+        num_forbidden=len(forbidden),
+        mean_forbidden=float(away_N[forbidden].mean()) if forbidden.size else None,
+        num_outranked=len(outranked),
+        mean_outranked=float(away_N[outranked].mean()) if outranked.size else None,
     )
 
 

@@ -34,11 +34,11 @@ from less.adapters import lora_model
 from less.checkpoints import EvidenceWarning
 from less.data.batching import BatchBudget, collate, plan_batches
 from less.data.records import RowProblem, Source, open_source, skip
-from less.data.rendering import RenderConfig, Rendered, Renderer
+from less.data.rendering import Rendered, Renderer
 from less.data.writing import write_lines
 from less.gradients import token_losses
 from less.lm_head import find_unembedding
-from less.loading import load_model
+from less.loading import LoadingConfig, load_model
 from less.models import model_fingerprint
 from less.progress import Progress
 
@@ -53,8 +53,8 @@ _UNRECORDED = ("device", "tokens_per_batch", "strict", "trust_remote_code", "cha
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupConfig:
-    """Settings of a warm-up. All but the last four decide the run and are held by it."""
+class WarmupConfig(LoadingConfig):
+    """Settings of a warm-up. All that decides the run is held by it."""
 
     fraction: float = 0.05
     """Of the pool's rows to train on, rounded up."""
@@ -74,26 +74,11 @@ class WarmupConfig:
     """In training only."""
     target_modules: str | Sequence[str] = "all-linear"
     """all-linear (but for the LM head), or names of linear layers: a list, or a string with commas."""
-    max_length: int = 2048
-    """Tokens a row; longer rows are cut at the end."""
-    system_prompt: str = "keep"
-    """keep, none, or the text to put in place of each row's own."""
-    chat_template: str | None = None
-    """tulu, chatml or a file; None takes the tokenizer's own."""
     seed: int = 0
     """Chooses the rows, their order, the adapter's start and its dropout."""
-    dtype: str = "auto"
-    """Of the base weights: float32, bfloat16, or auto (bfloat16 on CUDA, float32 on the CPU)."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    tokens_per_batch: int | None = None
-    """Padded tokens computed at once; None chooses by device."""
-    strict: bool = False
-    """Stop at the first row that cannot be used instead of drawing another."""
-    trust_remote_code: bool = False
-    """Let code that comes with the model run."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.lora_alpha is None:
             object.__setattr__(self, "lora_alpha", 4 * self.lora_rank)
         if self.target_modules != "all-linear":
@@ -110,19 +95,10 @@ class WarmupConfig:
             ("lora_alpha", 0 < (self.lora_alpha or 0) < float("inf"), "positive and finite"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1"),
             ("target_modules", self.target_modules and all(self.target_modules), "all-linear or layer names"),
-            ("max_length", self.max_length >= 1, "at least 1"),
             ("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32"),
-            ("tokens_per_batch", self.tokens_per_batch is None or self.tokens_per_batch >= 1, "at least 1"),
         ):
             if not fits:
                 raise SettingError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-    @property
-    def rendering(self) -> RenderConfig:
-        """How rows become tokens."""
-        return RenderConfig(
-            max_length=self.max_length, system_prompt=self.system_prompt, chat_template=self.chat_template
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,20 +147,13 @@ def warmup(
         TypeError: a setting that `WarmupConfig` does not have.
         GradsiftError: see `datastore.errors`; every problem of the whole call comes before any training.
     """
-    known = [field.name for field in fields(WarmupConfig)]
+    known = sorted(field.name for field in fields(WarmupConfig))
     if unknown := sorted(settings.keys() - set(known)):
         raise TypeError(f"warmup() has no setting {unknown[0]!r}; expected some of {', '.join(known)}")
     config = WarmupConfig(**settings)
     run = Path(output)
     source = open_source(data)
-    base, renderer = load_model(
-        model,
-        tokenizer,
-        config.rendering,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    base, renderer = load_model(model, tokenizer, config)
     recorded = _recorded_settings(config, source, base, renderer)
     record = _open_record(run, recorded)
     num_computed = 0

@@ -50,7 +50,9 @@ class BaselineScorer:
     ) -> None:
         self.store, self.config, self.pool, self.progress = store, config, pool, progress
         if store.num_rows == 0:
-            raise DataError(f"{store.path} has no row to score: all {len(store.skipped)} of its pool were skipped")
+            raise DataError(
+                f"{store.path} has no row to score: all {store.manifest.counts['num_rows']} of its pool were skipped"
+            )
         if store.settings.get("prefilter"):
             raise SettingError(
                 f"the rows of {store.path} were chosen by a prefilter, by gradients: {config.method} among them is no "

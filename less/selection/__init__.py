@@ -17,14 +17,15 @@ reference   `choose_ref`, the slow twin of it all
 Scores come from `less.influence`, rows are written by `less.ranking`.
 """
 
-from less.selection.budget import SET_ASIDE, num_to_select, select_tokens
+from less.selection.budget import num_to_select, select_tokens
 from less.selection.candidates import Candidates, Labels
 from less.selection.choosing import Choice, choose
 from less.selection.config import Amount, SelectConfig
 from less.selection.orders import ranks, select_round_robin, select_top
+from less.selection.rules import AWAY
 
 __all__ = [
-    "SET_ASIDE",
+    "AWAY",
     "Amount",
     "Candidates",
     "Choice",

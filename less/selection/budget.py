@@ -9,10 +9,7 @@ from numpy.typing import NDArray
 
 from datastore.errors import SettingError
 
-__all__ = ["SET_ASIDE", "Budget", "num_to_select", "select_tokens"]
-
-SET_ASIDE = "prefilter"
-"""The reason for which a row is skipped that the prefilter set aside."""
+__all__ = ["Budget", "num_to_select", "select_tokens"]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ that to safe ones, with the sign turned: they look for the rows that break a mod
 """
 
 import json
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,15 +53,20 @@ class Labels:
         Raises:
             SettingError: a value is of another type.
         """
-        codes: dict[str, int] = {}
-        starts: list[int] = [0]
-        found: list[int] = []
-        for row, value in enumerate(values):
-            several = value if isinstance(value, (list, tuple, np.ndarray)) else (value,)
-            own = dict.fromkeys(_text_of(one, row) for one in several if one is not None)
-            found.extend(codes.setdefault(name, len(codes)) for name in own)
-            starts.append(len(found))
-        return cls(np.array(starts, np.int64), np.array(found, np.int32), tuple(codes))
+        return cls.of_columns(((value,) for value in values), 1)[0]
+
+    @classmethod
+    def of_columns(cls, rows: Iterable[Sequence[Any]], num_columns: int) -> list[Self]:
+        """`of` for several columns at once, from each row's values; of the rows nothing else is kept in memory."""
+        columns: list[tuple[dict[str, int], array[int], array[int]]]
+        columns = [({}, array("q", [0]), array("i")) for _ in range(num_columns)]
+        for row, values in enumerate(rows):
+            for (codes, starts, found), value in zip(columns, values, strict=True):
+                several = value if isinstance(value, (list, tuple, np.ndarray)) else (value,)
+                own = dict.fromkeys(_text_of(one, row) for one in several if one is not None)
+                found.extend(codes.setdefault(name, len(codes)) for name in own)
+                starts.append(len(found))
+        return [cls(np.array(starts), np.array(found), tuple(codes)) for codes, starts, found in columns]
 
     @property
     def num_rows(self) -> int:

@@ -12,6 +12,7 @@ labels some dozen for each value of a row, and with features what `less.selectio
 `less.selection.reference` is the slow twin.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,7 @@ from less.selection.orders import Turns
 from less.selection.plans import Job, Plan, Quota
 from less.selection.rules import NearDuplicates
 from less.selection.similarity import HeldFeatures, Nearest
-from less.selection.walk import MOST_EXAMPLES, Order, Walk
+from less.selection.walk import Order, Walk
 
 __all__ = ["Choice", "choose"]
 
@@ -46,10 +47,8 @@ class Choice:
     """The distinct reasons."""
     reason_of: NDArray[np.int64]
     """Each row's place in `reasons`."""
-    passed_over: dict[str, int]
-    """By rule, how many rows the walk came to and did not take."""
-    dropped: dict[str, NDArray[np.int64]]
-    """The first of these, at most `MOST_EXAMPLES` a rule."""
+    passed_over: dict[str, NDArray[np.int64]]
+    """By rule, the rows that the walk came to and did not take."""
     notes: tuple[str, ...]
     """What could not be had, and what a user should know of the rules."""
 
@@ -136,9 +135,8 @@ def _diverse_plan(job: Job, walk: Walk, features: HeldFeatures, near: Nearest | 
     larger = job.enlarged(config.diversity_candidates)
     wide = Walk(larger.budget, larger.rules()[0], bytearray(walk.gone))
     wide.go(larger.by_score().order)
-    walk.passed_over += wide.passed_over
-    for rule, rows in wide.dropped.items():
-        walk.dropped[rule] = [*walk.dropped.get(rule, []), *rows][:MOST_EXAMPLES]
+    for rule, rows in wide.passed_over.items():
+        walk.passed_over.setdefault(rule, array("q")).extend(rows)
     rows_n = np.sort(np.array(wide.positions, np.int64))
     order: Order = Turns([])
     if len(rows_n):
@@ -175,8 +173,7 @@ def _choice_of(
         column_of=np.concatenate(columns),
         reasons=tuple(reasons[code] for code in used.tolist()),
         reason_of=code_of_row,
-        passed_over=dict(walk.passed_over),
-        dropped={rule: np.array(rows, np.int64) for rule, rows in walk.dropped.items()},
+        passed_over={rule: np.array(rows, np.int64) for rule, rows in walk.passed_over.items()},
         notes=(*notes, *_what_is_missing(job, positions, walk.is_full, quotas)),
     )
 

@@ -1,6 +1,6 @@
 """The slow twin of `choose`: the definition, a row at a time, with every comparison made anew."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import combinations
@@ -21,8 +21,8 @@ from less.selection.diversity import (
 __all__ = ["choose_ref"]
 
 
-def choose_ref(candidates: Candidates, config: SelectConfig) -> tuple[list[int], list[str], dict[str, int]]:
-    """Positions in the order taken, why each was, and by rule how many rows were passed over.
+def choose_ref(candidates: Candidates, config: SelectConfig) -> tuple[list[int], list[str], dict[str, list[int]]]:
+    """Positions in the order taken, why each was, and by rule the rows that were passed over.
 
     Args:
         candidates: few rows.
@@ -43,7 +43,8 @@ def choose_ref(candidates: Candidates, config: SelectConfig) -> tuple[list[int],
         wide.gone = set(walk.gone)
         for row in sorted(wide.rows, key=lambda n: (-score[n], n)):
             wide.ask(row, "", with_near=False)
-        walk.passed_over += wide.passed_over
+        for rule, rows in wide.passed_over.items():
+            walk.passed_over[rule] += rows
         walk.take_diverse(sorted(row for row, _ in wide.taken))
     else:
         groups, rest = walk.groups()
@@ -77,7 +78,7 @@ class _RefWalk:
         self.total = times * total
         self.taken: list[tuple[int, str]] = []
         self.gone: set[int] = set()
-        self.passed_over: Counter[str] = Counter()
+        self.passed_over: defaultdict[str, list[int]] = defaultdict(list)
         self.full = False
         every = np.arange(candidates.num_rows)
         self.x = candidates.features_of(every) if candidates.features_of else np.empty((0, 0), np.float32)
@@ -107,7 +108,7 @@ class _RefWalk:
             return False
         self.gone.add(row)
         if (rule := self.forbidding(row, with_near)) is not None:
-            self.passed_over[rule] += 1
+            self.passed_over[rule].append(row)
             return False
         used = sum(self.cost(other) for other, _ in self.taken) + self.cost(row)
         self.full = used >= self.total

@@ -15,7 +15,10 @@ from less.selection.candidates import Labels
 from less.selection.config import Amount
 from less.selection.similarity import BLOCK, Nearest
 
-__all__ = ["Away", "Caps", "ExactDuplicates", "NearDuplicates", "Rule", "Upcoming", "code_of"]
+__all__ = ["AWAY", "Away", "Caps", "ExactDuplicates", "NearDuplicates", "Rule", "Upcoming", "code_of"]
+
+AWAY = "away"
+"""What rows that point to negative targets are passed over by."""
 
 Upcoming = Callable[[int], list[int]]
 """About so many of the rows that come next, the one in question first; none where that is not known."""
@@ -41,7 +44,7 @@ class Away:
 
     def forbids(self, row: int, upcoming: Upcoming) -> str | None:
         """`away`."""
-        return "away" if self._forbidden[row] else None
+        return AWAY if self._forbidden[row] else None
 
     def took(self, row: int) -> None:
         """Nothing to do."""

@@ -1,6 +1,6 @@
 """Down an order of the rows: take each unless a rule forbids it, stop when the budget is full."""
 
-from collections import Counter
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,10 +9,7 @@ from less.selection.budget import Budget
 from less.selection.orders import Gone
 from less.selection.rules import Rule
 
-__all__ = ["MOST_EXAMPLES", "Order", "Walk"]
-
-MOST_EXAMPLES = 100
-"""Positions that are kept of the rows that each rule passed over."""
+__all__ = ["Order", "Walk"]
 
 
 class Order(Protocol):
@@ -46,10 +43,8 @@ class Walk:
     """What they take of the budget."""
     is_full: bool = False
     """Whether it stopped for the budget: the next row would go over."""
-    passed_over: Counter[str] = field(default_factory=Counter)
-    """Rows not taken, by rule."""
-    dropped: dict[str, list[int]] = field(default_factory=dict)
-    """The first of them."""
+    passed_over: "dict[str, array[int]]" = field(default_factory=dict)
+    """Rows not taken, by rule, in order."""
 
     def go(self, order: Order, is_enough: Callable[[], bool] = lambda: False) -> int:
         """Walk until it is enough, the budget is full or the order has no more.
@@ -66,7 +61,7 @@ class Walk:
             rule = self._forbidding(row, order)
             self.gone[row] = 1  # not before: an order that is asked what comes next must find the row there
             if rule is not None:
-                self._pass_over(row, rule)
+                self.passed_over.setdefault(rule, array("q")).append(row)
             elif self.used + self.budget.cost(row) > self.budget.total:
                 self.is_full = True
             else:
@@ -80,11 +75,6 @@ class Walk:
             if name is not None:
                 return name
         return None
-
-    def _pass_over(self, row: int, rule: str) -> None:
-        self.passed_over[rule] += 1
-        if self.passed_over[rule] <= MOST_EXAMPLES:
-            self.dropped.setdefault(rule, []).append(row)
 
     def _take(self, row: int, turn: int) -> None:
         self.positions.append(row)

@@ -123,8 +123,8 @@ def verify(
     found = recompute(scorer, rows, sample, probes, progress=progress)
     contaminated = None
     if targets is not None:
-        with Progress(total=sum(s.num_rows for s in pool.sources), description="pool", enabled=progress) as bar:
-            contaminated = _contamination(targets, pool, bar)
+        with Progress(total=store.num_rows, description="pool", enabled=progress) as bar:
+            contaminated = _contamination(targets, pool, rows, bar)
     audit = _Audit(scorer, rows, sample, probes, found)
     return audit.certificate(config, contaminated, progress=progress)
 
@@ -232,15 +232,15 @@ def _refuse_embeddings(store: Datastore, feature_set: str | None) -> None:
             )
 
 
-def _contamination(targets: Any, pool: Pool, bar: Progress) -> tuple[NearDuplicate, ...]:
+def _contamination(targets: Any, pool: Pool, rows: RowTable, bar: Progress) -> tuple[NearDuplicate, ...]:
+    """Among the rows that can be selected: not those that are skipped, or deleted from the store."""
     parts = targets.values() if isinstance(targets, Mapping) else None
     sources = open_sources(targets) if parts is None else [open_source(part) for part in parts]
 
     def counted() -> Any:
-        for source in pool.sources:
-            for record in source.iter_records():
-                bar.advance()
-                yield record
+        for record in pool.iter_records(rows):
+            bar.advance()
+            yield record
 
     return tuple(near_duplicates((record for source in sources for record in source.iter_records()), counted()))
 

@@ -275,7 +275,7 @@ class Certificate:
                 f"{_named(pairs)}"
             )
         elif self.contaminated is not None:
-            yield "contamination: no row of the pool holds half of a target's 8-word runs"
+            yield "contamination: no scored row of the pool holds half of a target's 8-word runs"
 
     def _explained(self) -> Iterator[str]:
         found = {name: value for name, value in self.explained.items() if value == value}

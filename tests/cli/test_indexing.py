@@ -1,4 +1,4 @@
-"""`gradsift index` and `gradsift explain`: what they print, what they write, and what they refuse."""
+"""`gradsift index`, `explain` and `near-duplicates`: what they print, what they write, and what they refuse."""
 
 import json
 import shutil
@@ -155,3 +155,110 @@ def test_a_damaged_index_is_one_line_with_the_way_out(gradsift, store):
     assert "index.faiss is damaged: its checksum is not the one in index.json. Run `gradsift index` again" in line
     assert gradsift("index", store).code == 0
     assert gradsift("explain", store, "--row", "row-7").code == 0
+
+
+@pytest.fixture
+def repeats(build_of, write_rows, tiny_rows, tmp_path):
+    """A store of 24 rows, of which two repeat one each, and its index."""
+    from datastore import build_index
+
+    rows = [*tiny_rows[:22], {**tiny_rows[4], "id": "again"}, tiny_rows[9]]
+    build_of(write_rows(tmp_path / "pool.jsonl", rows), tmp_path / "ds")
+    build_index(Datastore.open(tmp_path / "ds"))
+    return tmp_path / "ds"
+
+
+def test_near_duplicates_shows_groups_in_eighty_columns(gradsift, repeats, tiny_rows, tmp_path):
+    done = gradsift("near-duplicates", repeats, "--threshold", 0.9999, "--output", tmp_path / "alike.jsonl")
+    assert done.code == 0, done
+    lines = done.out.splitlines()
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
+    assert not any(line != line.rstrip() for line in lines)
+    said = in_one_line(done.out)
+    assert said.startswith(
+        "adam-sparse: 4 of 24 rows are alike, in 2 groups (similarity of 0.9999 or more, found by the index (flat)) "
+        "the first row of each would stay, 2 would go, 2 of them with the very tokens of the row that would stay"
+    )
+    at = lines.index("2 rows, similarity 1.0000, the same tokens")
+    text = in_one_line("\n".join(turn["content"] for turn in tiny_rows[4]["messages"]))
+    for line, place in zip(lines[at + 1 : at + 3], ("pool.jsonl:5", "pool.jsonl:23"), strict=True):
+        where, shown = line.split(maxsplit=1)
+        assert where == place
+        assert text.startswith(shown.removesuffix("…"))
+    assert "note: 1 of the rows that would go have the id of a row that would stay" in said
+    assert "most of the similarity is Adam's momentum, which all rows share; a feature set without it" in said
+    written = [json.loads(line) for line in (tmp_path / "alike.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["row"], row["like"]["row"]) for row in written] == [("again", 22, 4), ("row-9", 23, 9)]
+    assert lines[-1] == f"written: {tmp_path / 'alike.jsonl'}"
+    assert "near-duplicates: 24 of 24 rows" in done.err
+    quiet = gradsift("near-duplicates", repeats, "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+
+
+def test_near_duplicates_tells_of_rows_that_are_alike_by_way_of_others(gradsift, repeats):
+    def chained(threshold):
+        said = in_one_line(gradsift("near-duplicates", repeats, "--threshold", threshold).out)
+        return "alike by way of other rows; a higher --threshold joins fewer" in said
+
+    assert [threshold for threshold in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95) if chained(threshold)]
+    assert not chained(0.9999)
+
+
+def test_near_duplicates_of_unlike_rows_is_a_sentence(gradsift, build_of, write_rows, tiny_rows, tmp_path):
+    build_of(write_rows(tmp_path / "pool.jsonl", tiny_rows[:2]), tmp_path / "ds")
+    gradsift("index", tmp_path / "ds")
+    done = gradsift("near-duplicates", tmp_path / "ds", "--threshold", 1)
+    said = "adam-sparse: none of the 2 rows are alike (similarity of 1 or more, found by the index (flat))\n"
+    assert in_one_line(done.out) == in_one_line(said)
+
+
+def test_near_duplicates_shows_no_text_that_would_command_a_terminal(gradsift, build_of, write_rows, tmp_path):
+    nasty = "\x1b[2J\x07\u202e" + "[bold]x[/bold] " * 8
+    rows = [
+        {"id": nasty * 3, "messages": [{"role": "user", "content": nasty.replace(" ", "\n")},
+                                       {"role": "assistant", "content": "b"}]}
+        for _ in range(6)
+    ]  # fmt: skip
+    long = tmp_path / ("\x1bpool [red]\n" + "long name " * 12 + ".jsonl")
+    build_of(write_rows(long, rows), tmp_path / "ds")
+    gradsift("index", tmp_path / "ds")
+    done = gradsift("near-duplicates", tmp_path / "ds", "--output", tmp_path / "alike.jsonl")
+    assert done.code == 0, done
+    assert not {"\x1b", "\x07", "\u202e"} & set(done.out)
+    assert "[bold]x[/bold]" in done.out
+    assert any(line.startswith("  …") and ".jsonl:1 " in line for line in done.out.splitlines())  # the end is kept
+    assert max(len(line) for line in done.out.splitlines() if str(tmp_path) not in line) <= 80
+    assert len((tmp_path / "alike.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), "no index at"),
+        (("--threshold", 0), "threshold must be above 0 and at most 1, got 0.0"),
+        (("--threshold", "nan"), "threshold must be above 0 and at most 1, got nan"),
+        (("--threshold", "high"), "'high' is not a valid float"),
+        (("--feature-set", "sgd"), "no 'sgd'; choose one with --feature-set"),
+        (("--output", "none/alike.jsonl"), "its folder is not there"),
+    ],
+)
+def test_near_duplicates_refuses_in_one_line(gradsift, store, options, expected):
+    assert expected in gradsift("near-duplicates", store, *options).error
+
+
+def test_near_duplicates_of_a_store_without_an_index_names_the_command_that_makes_one(gradsift, store):
+    assert "Make one with `gradsift index`" in gradsift("near-duplicates", store).error
+    gradsift("index", store)
+    assert gradsift("near-duplicates", store).code == 0
+    gradsift("datastore", "delete", store, "--row", "0:3")
+    assert "Make one with `gradsift index`" in gradsift("near-duplicates", store).error
+
+
+def test_the_rows_that_would_go_can_be_deleted_by_their_numbers(gradsift, repeats, tmp_path):
+    command = ["near-duplicates", repeats, "--threshold", 0.9999]
+    gradsift(*command, "--output", tmp_path / "alike.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "alike.jsonl").read_text().splitlines()]
+    named = [word for row in rows for word in ("--row", f"{row['source']}:{row['row']}")]
+    assert gradsift("datastore", "delete", repeats, *named).code == 0
+    gradsift("index", repeats)
+    assert "none of the 22 rows are alike" in gradsift(*command).out

@@ -26,6 +26,8 @@ def test_build_inspect_and_select(gradsift, command, tiny_target_file, write_row
     assert "gradients: 12 of 12 rows" in done.err
     shown = gradsift("inspect", tmp_path / "ds").out
     assert "28 of 40 rows set aside by the prefilter" in shown
+    summary = json.loads(gradsift("inspect", tmp_path / "ds", "--json").out)
+    assert (summary["num_scored"], summary["num_set_aside"], summary["skipped"]) == (12, 28, [])
     assert "the best 0.3 for tones at checkpoint-5, layers all" in shown
     assert "skipped" not in shown
     assert gradsift("inspect", tmp_path / "ds.prefilter", "--verify").code == 0

@@ -178,18 +178,28 @@ def test_what_negative_targets_removed_is_told_where_there_were_any(
     gradsift, tiny_store, tiny_target_file, tiny_rows, write_rows, tmp_path, undrawn
 ):
     avoided = write_rows(tmp_path / "avoid.jsonl", tiny_rows[:3])
-    done = gradsift(
-        "select", "--datastore", tiny_store, "--targets", tiny_target_file, "--away-from", avoided, "--count", 10,
-        "--output", tmp_path / "s.jsonl", "--scores", tmp_path / "all.jsonl",
-    )  # fmt: skip
-    assert done.code == 0, done
+    ask = ["select", "--datastore", tiny_store, "--targets", tiny_target_file, "--away-from", avoided, "--count", 10]
+    ask += ["--output", tmp_path / "s.jsonl", "--scores", tmp_path / "all.jsonl"]
     files = ["--selected", tmp_path / "s.jsonl", "--scores", tmp_path / "all.jsonl", "--output", tmp_path / "r.html"]
-    done = gradsift("report", "--datastore", tiny_store, *files)
-    assert done.code == 0, done
-    text = Page(tmp_path / "r.html").text
-    assert "What negative targets removed" in text
-    assert re.search(r"[\d]+ of the best 10 rows by score were not selected", text)
-    assert "score for negative targets" in text
+    pages = []
+    rules = []
+    for _ in range(2):
+        done = gradsift(*ask, *rules)
+        assert done.code == 0, done
+        done = gradsift("report", "--datastore", tiny_store, *files)
+        assert done.code == 0, done
+        pages.append(Page(tmp_path / "r.html").text)
+        pulls = [json.loads(line)["away"] for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+        rules = ["--away-above", np.median(pulls), "--cap", "kind=4"]
+    weighed, ruled = pages
+    assert "What negative targets removed" in weighed
+    assert "of the best by score alone, ranked behind others" in weighed
+    assert "score for negative targets" in weighed
+    assert "What rules left out" not in weighed
+    assert "What rules left out" in ruled
+    assert "points to the negative targets" in ruled
+    assert "left out by the rule" in ruled
+    assert re.search(r"left out since they reach the threshold\s*\d+", ruled)
 
 
 def test_the_command_says_what_it_wrote_and_can_be_quiet(gradsift, command, made, tmp_path, undrawn):
@@ -209,7 +219,7 @@ def test_the_command_refuses_in_one_line(gradsift, command, made, tmp_path):
     assert "its folder is not there" in gradsift(*command, "--json", tmp_path / "no" / "r.json").error
     assert "no column 'colour'" in gradsift(*command, "--column", "colour").error
     assert "end it in .html" in gradsift(*command, "--output", tmp_path / "r.txt").error
-    assert "has no influence_score" in gradsift(*command, "--selected", made[0] / "all.jsonl").error
+    assert "has no influence_rank" in gradsift(*command, "--selected", made[0] / "all.jsonl").error
     with pytest.raises(SettingError, match=r"end it in \.html"):
         write_selection_page(made[1], made[0] / "s.jsonl")
 

@@ -16,7 +16,11 @@ from datastore import Datastore
 from datastore.deletion import delete_rows, find_rows, verify_deleted
 from datastore.errors import DamagedStoreError, SettingError, StoreError, StoreLockedError
 
-SKIP = {("checkpoint-10", 0): {1: "not finite", 4: "zero norm"}}
+SKIP = {
+    ("checkpoint-10", 0): {1: "not finite", 4: "zero norm"},
+    ("checkpoint-2", 1): {0: "prefilter"},
+    ("checkpoint-10", 1): {0: "prefilter"},
+}
 GONE = [(0, 2), (0, 4), (1, 0)]
 
 
@@ -397,6 +401,8 @@ def test_labels_and_keys_are_found_skipped_rows_and_repeated_labels_too(folder):
         (1, 3): "id-3",
     }
     assert found.repeated == {"id-2": 2, "id-3": 2}
+    aside = find_rows(store, ["pool:0"])
+    assert aside.rows == find_rows(store, [], [(1, 0)]).rows == {(1, 0): "pool:0"}
     delete_rows(folder, found.rows)
     again = find_rows(Datastore.open(folder), [], [(0, 2), (0, 0)])
     assert (again.rows, again.deleted) == ({(0, 0): "id-0"}, [(0, 2)])
@@ -406,7 +412,7 @@ def test_an_unknown_label_is_named_and_can_be_passed_over(folder):
     store = Datastore.open(folder)
     with pytest.raises(SettingError, match=r"has no row 'nobody', '0:7', '9:0'|has no row '0:7', '9:0', 'nobody'"):
         find_rows(store, ["id-0", "nobody"], [(0, 7), (9, 0)])
-    found = find_rows(store, ["id-0", "nobody"], [(9, 0)], ignore_missing=True)
+    found = find_rows(store, ["id-0", "pool:0", "nobody"], [(9, 0)], ignore_missing=True)
     assert set(found.unknown) == {"nobody", "9:0"}
     assert set(found.rows) == {(0, 0), (1, 0)}
     delete_rows(folder, [(0, 0)])
@@ -451,6 +457,35 @@ def test_the_proof_fails_for_rows_and_labels_that_were_never_deleted(folder):
     assert verify_deleted(folder).problems == {}  # nothing was deleted, nothing is searched for
     with pytest.raises(SettingError):
         verify_deleted(folder, [(0, 7)])
+
+
+def test_a_row_that_was_set_aside_is_searched_for_and_deleted_like_any_other(folder, built):
+    both = {"rows": [(1, 0)], "labels": ["pool:0"]}
+    texts = verify_deleted(folder, **both).problems
+    shards = [text for file, text in texts.items() if "/ds/shards/" in file]
+    assert shards == ["it has the row 1:0; it has the label pool:0"] * 4
+    delete_rows(folder, [(1, 0)])
+    assert not verify_deleted(folder, **both).problems
+    after = Datastore.open(folder)
+    assert (after.num_set_aside, after.manifest.counts["num_skipped"]["deleted"]) == (0, 1)
+    assert "set_aside" not in (folder / "manifest.json").read_text()
+    old = "shards/adam/checkpoint-2/s0001-0000000000-0000000003.safetensors"
+    shutil.copy(built / "ds" / old, folder / "kept.bin")
+    assert verify_deleted(folder, **both).problems == {
+        str(folder / "kept.bin"): "it has the row 1:0; it has the label pool:0"
+    }
+
+
+def test_the_label_of_a_row_set_aside_leads_to_it_while_its_deletion_is_not_finished(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, 12)  # six files are in place: build.json, four shards, manifest.json
+        with pytest.raises(Killed):
+            delete_rows(folder, [(1, 0)])
+    store = Datastore.open(folder)
+    assert (store.num_set_aside, store.manifest.deleted) == (0, {"1": [0]})
+    assert find_rows(store, ["pool:0"]).deleted == [(1, 0)]
+    delete_rows(folder, [(1, 0)])
+    assert find_rows(Datastore.open(folder), ["pool:0"], ignore_missing=True).unknown == ["pool:0"]
 
 
 def test_what_is_damaged_proves_nothing(folder):

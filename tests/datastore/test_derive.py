@@ -115,9 +115,12 @@ def derivations(path):
         build_store(third, source("third", 2))
     store = Datastore.open(path)
     kept = np.setdiff1d(np.arange(7), [2])
-    names = [f"new-{n}" for n in range(6)]
-    edited = Renumbered(entry=source("edited", 6), rows_R=kept, where=names, ids=names)
-    others = Renumbered(entry=source("rest", 3), rows_R=np.arange(3), where=names[:3], ids=names[:3])
+
+    def named(start, stop):
+        return [(f"new-{n}", f"new-{n}") for n in range(start, stop)]
+
+    edited = Renumbered(entry=source("edited", 6), rows_R=kept, named=named)
+    others = Renumbered(entry=source("rest", 3), rows_R=np.arange(3), named=named)
     return {
         "merge": lambda out: merge_stores(out, [store, Datastore.open(third)]),
         "split": lambda out: split_store(store, out),
@@ -302,6 +305,22 @@ def test_checkpoints_without_weight_are_not_kept_alone(tmp_path):
         convert_store(Datastore.open(full), tmp_path / "out", checkpoints=["checkpoint-2"])
 
 
+def test_rows_set_aside_stay_so_in_every_store_that_is_made_of_theirs(tmp_path):
+    skip = {(at, 0): {0: "prefilter", 5: "prefilter"} for at in ("checkpoint-2", "checkpoint-10")}
+    two = {"settings": WEIGHTED, "shard_rows": 3}
+    build_store(tmp_path / "ds", source("pool", 7), source("more", 4), skip=skip, **two)
+    delete_rows(tmp_path / "ds", [(0, 5)])
+    store = Datastore.open(tmp_path / "ds")
+    pool, more = split_store(store, tmp_path / "parts")
+    merge_stores(tmp_path / "merged", [Datastore.open(pool), Datastore.open(more)])
+    assert tree(tmp_path / "merged") == tree(tmp_path / "ds")
+    convert_store(store, tmp_path / "small", checkpoints=["checkpoint-10"])
+    for path in (pool, tmp_path / "small"):
+        made = Datastore.open(path)
+        assert made.num_set_aside == 1
+        assert made.left_out(made.manifest.ranges[0])[0].id == "pool:0"
+
+
 # --- compact
 
 
@@ -310,14 +329,15 @@ def test_checkpoints_without_weight_are_not_kept_alone(tmp_path):
 def test_a_compacted_store_has_the_rows_that_are_left_under_their_new_numbers(tmp_path_factory, gone, shard_rows):
     path = tmp_path_factory.mktemp("ds")
     skip = {("checkpoint-10", 0): {1: "not finite"}, ("checkpoint-2", 0): {7: "zero norm"}}
+    for of_checkpoint in skip.values():
+        of_checkpoint |= {2: "prefilter", 5: "prefilter"}
     build_store(path / "ds", source("pool", 9), source("more", 4), skip=skip, shard_rows=shard_rows)
     delete_rows(path / "ds", [(0, row) for row in gone] + [(1, row) for row in range(4)])
     left = [row for row in range(9) if row not in gone]
     edited = Renumbered(
         entry=source("edited", len(left)),
         rows_R=np.array(left),
-        where=[f"edited:{n + 1}" for n in range(len(left))],
-        ids=[f"kept-{row}" for row in left],
+        named=lambda start, stop: [(f"kept-{left[n]}", f"edited:{n + 1}") for n in range(start, stop)],
     )
     old = Datastore.open(path / "ds")
     compact_store(old, path / "out", {0: edited} if gone else {})
@@ -335,6 +355,9 @@ def test_a_compacted_store_has_the_rows_that_are_left_under_their_new_numbers(tm
             for row, reason in ((1, "not finite"), (7, "zero norm"))
             if row in left
         ]
+        entries = [row for rows in new.manifest.ranges for row in new.left_out(rows) if row.reason == "prefilter"]
+        assert [(left[row.row], row.id) for row in entries] == [(row, f"kept-{row}") for row in (2, 5) if row in left]
+    assert new.num_set_aside == len({2, 5} - gone)
     for checkpoint in new.checkpoints:
         ours, theirs = new.stats("sgd", checkpoint), old.stats("sgd", checkpoint)
         np.testing.assert_array_equal(ours.losses_N, theirs.losses_N)

@@ -14,10 +14,10 @@ from datastore import Datastore, Shard, ShardKey, SkippedRow, SourceEntry
 from datastore.coding import encode
 from datastore.deletion import delete_rows
 from datastore.files import open_tensors
-from datastore.shards import write_shard
+from datastore.shards import set_rows_aside, write_shard
 
 TEXT = (Path(__file__).parents[2] / "datastore" / "FORMAT.md").read_text()
-EXAMPLE, DELETION = TEXT.split("## A store of three rows")[1].split("## Row 2 of it deleted")
+EXAMPLE, SET_ASIDE, DELETION = re.split("## Row 2 of it .*", TEXT.split("## A store of three rows")[1])
 BLOCKS = re.findall(r"```(?:json)?\n(.*?\n)```", EXAMPLE, re.DOTALL)
 SHARD = "shards/adam/checkpoint-2/s0000-0000000000-0000000003.safetensors"
 KEY = ShardKey(feature_set="adam", checkpoint="checkpoint-2", source=0, start=0, stop=1)
@@ -26,8 +26,12 @@ DIRECTION = "directions/adam/checkpoint-2.safetensors"
 
 @pytest.fixture
 def example(tmp_path):
+    return build_example(tmp_path / "ds")
+
+
+def build_example(path, set_aside=()):
     with open_writer(
-        tmp_path / "ds",
+        path,
         settings={"dtype": "float16", "model": "tiny"},
         environment={"torch": "2.13.0"},
         feature_sets=["adam"],
@@ -54,10 +58,10 @@ def example(tmp_path):
             skipped=[skipped],
             notes={"oom_retries": 1},
         )
-        writer.write_shard(key, shard)
+        writer.write_shard(key, set_rows_aside(shard, set_aside))
         writer.write_direction("adam", "checkpoint-2", np.array([0.5, -0.5], np.float32))
         writer.seal()
-    return tmp_path / "ds"
+    return path
 
 
 def test_the_example_has_the_bytes_of_its_description(example):
@@ -80,6 +84,22 @@ def test_the_example_has_the_bytes_of_its_description(example):
     assert direction[:8] == int(num_bytes).to_bytes(8, "little")
     assert direction[8 + int(num_bytes) :] == bytes.fromhex(data)
     assert not files
+
+
+def test_rows_set_aside_are_said_to_be_as_in_their_description(example, tmp_path):
+    plain, found = tree(example), tree(build_example(tmp_path / "aside", [2]))
+    assert plain.keys() == found.keys()
+    assert {name for name in plain if plain[name] != found[name]} == {SHARD, "manifest.json"}
+    of_range, counts, ids, of_shard = (
+        json.loads(text if text[0] in "[{" else f"{{{text}}}")
+        for text in re.findall(r"`([\"{\[][^`]+[\"}\]])`", SET_ASIDE)
+    )
+    before, after = (json.loads(files["manifest.json"]) for files in (plain, found))
+    assert after["ranges"] == [before["ranges"][0] | of_range]
+    assert after["counts"] == counts
+    (before, _), (after, tensors) = (open_tensors(path / SHARD) for path in (example, tmp_path / "aside"))
+    assert after == before | {"ids": ids} | of_shard
+    assert tensors["rows_N"].tolist() == [0]
 
 
 def test_a_deletion_has_the_names_of_its_description(example):

@@ -183,38 +183,64 @@ class TestNeighbours:
 
 
 class TestNearDuplicates:
-    @pytest.mark.parametrize("threshold", [0.3, 0.7, 0.999, 1.0])
+    @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.7, 0.999, 1.0])
     @pytest.mark.parametrize("dim", [0, 64])
-    def test_of_flat_are_all_pairs(self, store, tmp_path, dim, threshold):
+    def test_of_flat_are_the_groups_that_all_pairs_make(self, store, tmp_path, dim, threshold):
         built = build_index(store, config=IndexConfig(dim=dim), folder=tmp_path)
         found, expected = built.near_duplicates(threshold), near_duplicates_ref(built.space, threshold)
-        assert len(expected.first_P) >= 20
-        assert set(zip(found.first_P, found.second_P, strict=True)) == set(
-            zip(expected.first_P, expected.second_P, strict=True)
-        )
-        assert (found.first_P < found.second_P).all()
-        np.testing.assert_allclose(found.similarities_P, expected.similarities_P, atol=1e-6)
-        assert (np.diff(found.similarities_P) <= 0).all()
+        assert len(expected.positions_D) >= 20
+        np.testing.assert_array_equal(found.positions_D, expected.positions_D)
+        np.testing.assert_array_equal(found.firsts_D, expected.firsts_D)
+        np.testing.assert_allclose(found.similarities_D, expected.similarities_D, atol=1e-6)
+        assert (np.diff(found.positions_D) > 0).all()
+        assert (found.firsts_D < found.positions_D).all()
+        assert not np.isin(found.firsts_D, found.positions_D).any()
 
     @pytest.mark.parametrize("kind", ["ivf", "ivf-sq8"])
     def test_of_an_ivf_are_nearly_all(self, store, tmp_path, kind):
         built = GradientIndex.open(
             store, folder=build_index(store, config=IndexConfig(type=kind), folder=tmp_path).folder
         )
-        expected = near_duplicates_ref(built.space, 0.8)
+        expected = near_duplicates_ref(built.space, 0.8).positions_D
         for _ in range(2):
-            found = built.near_duplicates(0.8)
-            pairs = {*zip(found.first_P, found.second_P, strict=True)}
-            assert pairs <= {*zip(expected.first_P, expected.second_P, strict=True)}
-            assert len(pairs) >= 0.95 * len(expected.first_P) > 18
+            found = built.near_duplicates(0.8).positions_D
+            assert np.isin(found, expected).all()
+            assert len(found) >= 0.95 * len(expected) > 18
 
-    def test_by_the_million_are_refused_before_they_are_compared(self, store, tmp_path, monkeypatch):
-        monkeypatch.setattr(index, "MAX_PAIRS", 100)
-        with pytest.raises(SettingError, match=r"more than 100 pairs of rows may have a similarity of 0\.1; raise"):
-            build_index(store, folder=tmp_path).near_duplicates(0.1)
+    def test_of_a_chain_are_one_group_whose_ends_are_told_to_be_unlike(self, tmp_path):
+        angles = np.deg2rad([0, 100, 15, 30, 45])  # each of the last four like the one before it, not its ends
+        rows_NK = np.zeros((5, K))
+        rows_NK[:, :2] = np.stack([np.cos(angles), np.sin(angles)], axis=1)[[4, 1, 2, 3, 0]]
+        built = build_index(make_store(tmp_path / "ds", 5, rows_of=lambda name: rows_NK))
+        found = built.near_duplicates(0.96)
+        assert found.positions_D.tolist() == [2, 3, 4]
+        assert found.firsts_D.tolist() == [0, 0, 0]
+        np.testing.assert_allclose(found.similarities_D, np.cos(np.deg2rad([30, 15, 45])), atol=1e-3)
+
+    def test_are_compared_once_with_the_first_of_their_group(self, tmp_path, monkeypatch):
+        rows_NK = clustered(60)
+        rows_NK[10:50] = rows_NK[10]
+        built = build_index(make_store(tmp_path / "ds", 60, rows_of=lambda name: rows_NK))
+        compared, real = [], built.space.similarities
+
+        def counting(vector_X, positions_P):
+            compared.append(len(positions_P))
+            return real(vector_X, positions_P)
+
+        monkeypatch.setattr(built.space, "similarities", counting)
+        assert built.near_duplicates(0.999).firsts_D.tolist() == [10] * 39
+        assert sum(compared) <= 2 * 39 + 5  # of 780 pairs
+
+    def test_tell_of_the_rows_that_were_looked_for(self, store, tmp_path):
+        looked = []
+        build_index(store, folder=tmp_path).near_duplicates(0.99, advance=looked.append)
+        assert sum(looked) == 300
+
+    def test_above_no_similarity_are_not_looked_for(self, store, tmp_path):
+        built = build_index(store, folder=tmp_path)
         for threshold in (0, 1.1, float("nan")):
             with pytest.raises(SettingError, match="threshold must be above 0 and at most 1"):
-                GradientIndex.open(store, folder=tmp_path).near_duplicates(threshold)
+                built.near_duplicates(threshold)
 
 
 class TestFiles:

@@ -14,7 +14,16 @@ from datastore import ShardKey
 from datastore.coding import encode
 from datastore.errors import DamagedStoreError
 from datastore.files import open_tensors
-from datastore.shards import open_direction, open_shard, write_direction, write_shard
+from datastore.shards import (
+    bits_of,
+    drop_rows,
+    open_direction,
+    open_shard,
+    rows_of,
+    set_rows_aside,
+    write_direction,
+    write_shard,
+)
 
 HASH = "5e" * 32
 
@@ -44,14 +53,16 @@ def assert_same(ours, theirs):
 @settings(max_examples=25, deadline=None)
 @given(
     skip=st.sets(st.integers(0, 8)),
+    set_aside=st.sets(st.integers(0, 8)),
     labels=st.lists(st.text(), min_size=9, max_size=9),
     dtype=st.sampled_from([np.float16, np.float32]),
     notes=st.dictionaries(st.text(), st.integers() | st.text()),
 )
-def test_a_shard_comes_back_as_it_was_written(tmp_path_factory, skip, labels, dtype, notes):
+def test_a_shard_comes_back_as_it_was_written(tmp_path_factory, skip, set_aside, labels, dtype, notes):
     folder, key = tmp_path_factory.mktemp("shard"), key_of(stop=9)
     shard = make_shard(key, dict.fromkeys(skip, "not finite"), dtype)
-    shard = replace(shard, ids=labels[: len(shard.ids)], notes=notes)
+    shard = set_rows_aside(replace(shard, ids=labels[: len(shard.ids)], notes=notes), set_aside)
+    assert shard.set_aside.keys() == set_aside - skip
     entry = write_shard(folder, key, HASH, shard)
     assert_same(open_shard(folder, key, HASH, entry.sha256), shard)
     first = (folder / key.path).read_bytes()
@@ -88,6 +99,10 @@ def test_features_are_a_view_of_the_file_and_cannot_alter_it(written):
         {"ids": ["a", "b"]},
         {"skipped": []},
         {"skipped": [skipped_row(1), skipped_row(1)]},
+        {"set_aside": {0: "id-0"}},
+        {"set_aside": {1: "pool:1"}},
+        {"set_aside": {4: "id-4"}},
+        {"set_aside": {-1: "id-3"}},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -201,6 +216,60 @@ def test_a_hostile_header_is_refused(written, edit):
 def test_metadata_of_another_shard_or_of_none_are_refused(written, edit):
     rewrite_metadata(written, edit)
     refused(written)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda metadata: metadata.update(set_aside="60"),
+        lambda metadata: metadata.update(set_aside="10"),
+        lambda metadata: metadata.update(set_aside="28"),
+        lambda metadata: metadata.update(set_aside="2000"),
+        lambda metadata: metadata.update(set_aside=32),
+        lambda metadata: metadata.pop("set_aside"),
+        lambda metadata: metadata.update(set_aside_ids=[]),
+        lambda metadata: metadata.update(set_aside_ids=["a", "b"]),
+        lambda metadata: metadata.update(set_aside_ids=[1]),
+        lambda metadata: metadata.pop("set_aside_ids"),
+    ],
+    ids=range(10),
+)
+def test_metadata_that_set_aside_other_rows_than_are_left_are_refused(tmp_path, edit):
+    key = key_of()
+    write_shard(tmp_path, key, HASH, make_shard(key, {1: "not finite", 2: "prefilter"}))
+    assert open_shard(tmp_path, key, HASH).set_aside == {2: "pool:2"}
+    rewrite_metadata(tmp_path / key.path, edit)
+    refused(tmp_path / key.path)
+
+
+@given(rows=st.sets(st.integers(0, 40)), start=st.sampled_from([0, 7, 10**12]), more=st.integers(1, 20))
+def test_rows_come_back_from_their_bits(rows, start, more):
+    rows = {start + row for row in rows}
+    stop = max(rows, default=start) + more
+    bits = bits_of(rows, start, stop)
+    assert len(bits) in (0, 2 * -(-(stop - start) // 8))
+    assert rows_of(bits, start, stop) == sorted(rows)
+    assert bool(bits) == bool(rows)
+
+
+def test_the_first_row_of_a_range_is_the_highest_bit():
+    assert bits_of([16], 16, 25) == "8000"
+    assert bits_of([24, 23], 16, 25) == "0180"
+
+
+@pytest.mark.parametrize(
+    "bits", ["0000", "8", "80", "800000", "8040", "80 0", "zz00", "0x80", "ÿ000", "8O00", " 8000", "AB00"]
+)
+def test_bits_that_no_rows_have_are_refused(bits):
+    with pytest.raises(ValueError, match=r"expected 4 hexadecimal digits, .* rows from 16 to 25 and for no other"):
+        rows_of(bits, 16, 25)
+
+
+def test_a_row_that_was_set_aside_can_be_dropped(tmp_path):
+    shard = make_shard(key_of(), {1: "prefilter", 2: "prefilter"})
+    dropped = drop_rows(shard, [skipped_row(2, "deleted")])
+    assert (dropped.set_aside, [row.row for row in dropped.skipped]) == ({1: "pool:1"}, [2])
+    write_shard(tmp_path, key_of(deleted=(2,)), HASH, dropped)
 
 
 def test_a_header_that_claims_to_be_huge_is_refused(written):

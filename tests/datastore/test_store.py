@@ -4,14 +4,14 @@ import hashlib
 import json
 import shutil
 import threading
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_stores import K, build_store, make_shard, source, tree
+from tiny_stores import K, build_store, fill, make_shard, open_writer, skipped_row, source, tree
 
 from datastore import Datastore, RowIds, RowStats, store
 from datastore.build import json_hash
@@ -351,6 +351,8 @@ def test_a_forged_deletion_is_refused(folder, edit, expected):
 def counts_of(doc):
     """What a forger would not forget."""
     skipped = [row["reason"] for rows in doc["ranges"] for row in rows["skipped"]]
+    for rows in doc["ranges"]:
+        skipped += ["prefilter"] * int(rows.get("set_aside", "0"), 16).bit_count()
     num_rows = sum(source["num_rows"] for source in doc["sources"])
     by_reason = {reason: skipped.count(reason) for reason in skipped}
     return {"num_rows": num_rows, "num_scored": num_rows - len(skipped), "num_skipped": by_reason}
@@ -450,3 +452,110 @@ def test_a_store_can_be_moved(folder, tmp_path):
 def test_every_column_has_a_dtype():
     names = {*store.RowTable.__annotations__, *store.RowStats.__annotations__} - {"sources_N", "ids"}
     assert names == set(store.COLUMN_DTYPES)
+
+
+# --- rows set aside
+
+
+def build_listed(path, *sources, skip):
+    """A store of before: rows that were set aside are listed one by one among the skipped."""
+    with open_writer(path) as writer:
+        for one in sources:
+            writer.add_source(one)
+        for key in writer.missing_shards():
+            shard = make_shard(key, skip.get((key.checkpoint, key.source)))
+            listed = [*shard.skipped, *(skipped_row(row, "prefilter") for row in shard.set_aside)]
+            shard = replace(shard, skipped=sorted(listed, key=lambda row: row.row), set_aside={})
+            writer.write_shard(key, shard)
+        fill(writer)
+        writer.seal()
+    return path
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    bad=st.dictionaries(
+        st.tuples(st.sampled_from(["checkpoint-2", "checkpoint-10"]), st.integers(0, 1), st.integers(0, 8)),
+        st.sampled_from(["not finite", "zero norm", "prefilter", "prefilter"]),
+    )
+)
+def test_a_store_that_lists_the_rows_set_aside_one_by_one_says_the_same(tmp_path_factory, bad):
+    folder, skip = tmp_path_factory.mktemp("ds"), {}
+    for (checkpoint, number, row), reason in bad.items():
+        skip.setdefault((checkpoint, number), {})[row] = reason
+    sources = [source("pool", 9), source("more", 4)]
+    new = Datastore.open(build_store(folder / "new", *sources, skip=skip))
+    old = Datastore.open(build_listed(folder / "old", *sources, skip=skip))
+    assert new.manifest.counts == old.manifest.counts
+    assert (new.num_set_aside, new.skipped) == (old.num_set_aside, old.skipped)
+    for name in ("sources_N", "rows_N", "digests_N"):
+        np.testing.assert_array_equal(getattr(new.rows(), name), getattr(old.rows(), name))
+    assert list(new.rows().ids) == list(old.rows().ids)
+    np.testing.assert_array_equal(features_of(new), features_of(old))
+    for ours, theirs in zip(new.manifest.ranges, old.manifest.ranges, strict=True):
+        found = [[(row.row, row.id, row.reason) for row in one] for one in (new.left_out(ours), old.left_out(theirs))]
+        assert found[0] == found[1]
+    assert "set_aside" not in (folder / "old" / "manifest.json").read_text()
+
+
+def test_what_the_first_shard_says_of_a_row_counts(tmp_path):
+    skip = {
+        ("checkpoint-2", 0): {0: "prefilter", 1: "zero norm", 5: "prefilter"},
+        ("checkpoint-10", 0): {0: "not finite", 1: "prefilter", 2: "prefilter"},
+    }
+    opened = Datastore.open(build_store(tmp_path / "ds", source("pool", 7), skip=skip))
+    assert opened.rows().rows_N.tolist() == [3, 4, 6]
+    assert opened.manifest.counts["num_skipped"] == {"prefilter": 3, "zero norm": 1}
+    assert ([(row.row, row.reason) for row in opened.skipped], opened.num_set_aside) == ([(1, "zero norm")], 3)
+    first, second, third = map(opened.left_out, opened.manifest.ranges)
+    assert [(row.row, row.where, row.id, row.reason) for row in first] == [
+        (0, "pool[0]", "pool:0", "prefilter"), (1, "pool.jsonl:2", "pool:1", "zero norm"),
+        (2, "pool[2]", "pool:2", "prefilter"),
+    ]  # fmt: skip
+    assert ([row.row for row in second], third) == ([5], [])
+
+
+def test_a_row_set_aside_takes_a_few_bits_of_the_manifest(tmp_path):
+    skip = {("checkpoint-2", 0): dict.fromkeys(range(0, 960, 1), "prefilter")}
+    sizes = [
+        (build_store(tmp_path / name, source("pool", 1000), skip=skip, shard_rows=500) / "manifest.json").stat().st_size
+        for name, skip in (("all", {}), ("few", skip))
+    ]
+    assert sizes[0] < sizes[1] < sizes[0] + 960 * 3 / 8
+
+
+def test_a_manifest_that_sets_aside_a_row_which_every_shard_has_is_told_by_its_label(folder):
+    forge(folder, lambda doc: (doc["ranges"][0].update(set_aside="20"), doc.update(counts=counts_of(doc))))
+    opened = Datastore.open(folder)
+    assert opened.num_rows == 4
+    with pytest.raises(DamagedStoreError, match=r"manifest\.json is damaged: it has the row 2 set aside, and no shard"):
+        opened.left_out(opened.manifest.ranges[0])
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda rows: rows.update(set_aside="40"), r"its rows \[1\] from 0 on are both skipped and set aside"),
+        (lambda rows: rows.update(set_aside="10"), "expected 2 hexadecimal digits"),
+        (lambda rows: rows.update(set_aside="2000"), "expected 2 hexadecimal digits"),
+        (lambda rows: rows.update(set_aside="2"), "expected 2 hexadecimal digits"),
+        (lambda rows: rows.update(set_aside="00"), "expected 2 hexadecimal digits"),
+        (lambda rows: rows.update(set_aside="A0"), "expected 2 hexadecimal digits"),
+        (lambda rows: rows.update(set_aside="-1"), "expected 2 hexadecimal digits"),
+        (lambda rows: rows.update(set_aside=""), "do not fit its content"),
+        (lambda rows: rows.update(set_aside=[2]), "expected str"),
+        (lambda rows: rows.update(set_aside=None), "expected str"),
+    ],
+    ids=range(10),
+)
+def test_forged_bits_are_refused(folder, edit, expected):
+    forge(folder, lambda doc: edit(doc["ranges"][0]))
+    with pytest.raises(DamagedStoreError, match=rf"manifest.json is damaged: .*{expected}"):
+        Datastore.open(folder)
+
+
+def test_a_deleted_row_that_is_set_aside_too_is_refused(folder):
+    delete_rows(folder, [(0, 0)])
+    forge(folder, lambda doc: doc["ranges"][0].update(set_aside="80"))
+    with pytest.raises(DamagedStoreError, match="both skipped and set aside"):
+        Datastore.open(folder)

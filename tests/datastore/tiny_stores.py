@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from datastore import DatastoreWriter, Shard, ShardKey, SkippedRow, SourceEntry
+from datastore.shards import SET_ASIDE
 
 SETTINGS: dict[str, Any] = {"model": {"name": "tiny", "fingerprint": "f00d"}, "dtype": "float16"}
 ENVIRONMENT = {"machine": "test", "numpy": "any"}
@@ -22,7 +23,7 @@ def skipped_row(row: int, reason: str = "not finite") -> SkippedRow:
 
 
 def make_shard(key: ShardKey, skip: dict[int, str] | None = None, dtype: Any = np.float16) -> Shard:
-    """Rows that differ by key; those in `skip` (row → reason) are skipped."""
+    """Rows that differ by key; those in `skip` (row → reason) are skipped, or set aside for that reason."""
     skip = {row: reason for row, reason in (skip or {}).items() if key.start <= row < key.stop}
     rows = np.array([row for row in range(key.start, key.stop) if row not in skip], np.int64)
     seed = [len(key.feature_set), sum(key.checkpoint.encode()), key.source, key.start]
@@ -40,7 +41,8 @@ def make_shard(key: ShardKey, skip: dict[int, str] | None = None, dtype: Any = n
         num_tokens_N=(rows + 10).astype(np.int32),
         num_supervised_N=(rows + 1).astype(np.int32),
         truncated_N=rows % 2 == 1,
-        skipped=[skipped_row(row, reason) for row, reason in sorted(skip.items())],
+        skipped=[skipped_row(row, reason) for row, reason in sorted(skip.items()) if reason != SET_ASIDE],
+        set_aside={row: f"pool:{row}" for row, reason in sorted(skip.items()) if reason == SET_ASIDE},
     )
 
 

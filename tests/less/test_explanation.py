@@ -196,7 +196,12 @@ class TestNeighbours:
     def test_by_an_index_of_one_checkpoint_say_so(self, ask, copy):
         store = Datastore.open(copy)
         build_index(store, "adam-sparse", config=IndexConfig(checkpoint=store.checkpoints[0]))
-        assert f"(flat at {store.checkpoints[0]})" in ask(datastore=copy, targets=None).neighbours_by
+        found = ask(datastore=copy, targets=None)
+        assert f"(flat at {store.checkpoints[0]})" in found.neighbours_by
+        cosine = found.checkpoints[0].momentum_cosine
+        near = found.neighbours[0]
+        other = ask(f"{near.source}:{near.row}", datastore=copy, targets=None).checkpoints[0].momentum_cosine
+        assert near.from_momentum == pytest.approx(cosine * other, abs=1e-5)
 
     def test_of_a_damaged_index_are_refused(self, ask, copy):
         folder = build_index(Datastore.open(copy), "adam-sparse").folder

@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from datastore import Datastore
+from datastore.deletion import delete_rows, verify_deleted
 from datastore.errors import DataError, ProvenanceError, RowError, SettingError, StoreError
-from less import BuildConfig, EvidenceWarning, score, select
+from less import BuildConfig, EvidenceWarning, explain, score, select
 from less.checkpoints import find_checkpoints
+from less.compaction import compact
 from less.data.rendering import Renderer
 from less.scoring import Scorer
 from less.selection import num_to_select
@@ -66,7 +69,10 @@ def kept_rows(folder):
 
 
 def set_aside(folder):
-    return {row.row: row for row in Datastore.open(folder).skipped if row.reason == "prefilter"}
+    store = Datastore.open(folder)
+    rows = [row for rows in store.manifest.ranges for row in store.left_out(rows) if row.reason == "prefilter"]
+    assert store.num_set_aside == len(rows)
+    return {row.row: row.id for row in rows}
 
 
 def vectors(folder):
@@ -96,11 +102,10 @@ class TestTheRowsKept:
         score_N = scores_of(stores / "one", tiny_target_file).score_N
         order = np.argsort(-score_N, kind="stable")
         assert kept_rows(stores / "ds") == sorted(order[:NUM_KEPT].tolist())
-        found = set_aside(stores / "ds")
-        assert set(found) == set(order[NUM_KEPT:].tolist())
-        for place, row in enumerate(order[NUM_KEPT:].tolist(), start=NUM_KEPT + 1):
-            assert found[row].detail == f"rank {place} of {NUM_ROWS}, score {score_N[row]:.4g}"
-            assert (found[row].where, found[row].id) == (f"pool.jsonl:{row + 1}", f"row-{row}")
+        assert set_aside(stores / "ds") == {row: f"row-{row}" for row in order[NUM_KEPT:].tolist()}
+        places = load_file(cheap(stores / "ds") / "places.safetensors")
+        np.testing.assert_array_equal(places["rows_P"][np.argsort(places["ranks_P"])], order)
+        np.testing.assert_array_equal(places["scores_P"], score_N)
 
     def test_have_the_features_of_the_plain_build(self, stores):
         found, plain = vectors(stores / "ds"), vectors(stores / "plain")
@@ -383,7 +388,58 @@ class TestSelecting:
         )  # fmt: skip
         lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
         assert [line["row"] for line in lines] == list(range(NUM_ROWS))
-        assert {line["row"] for line in lines if line.get("skipped") == "prefilter"} == set(set_aside(stores / "ds"))
+        left_out = {line["row"]: line["id"] for line in lines if line.get("skipped") == "prefilter"}
+        assert left_out == set_aside(stores / "ds")
+        assert {line["id"] for line in lines if line["score"] is not None} == set(
+            Datastore.open(stores / "ds").rows().ids
+        )
+
+    @pytest.mark.parametrize("of", ["id", "key"])
+    def test_explains_that_a_row_was_set_aside(self, stores, of):
+        row = min(set_aside(stores / "ds"))
+        asked = f"row-{row}" if of == "id" else f"0:{row}"
+        with pytest.raises(
+            SettingError, match=rf"pool\.jsonl\[{row}\] has no features in .* skipped: prefilter\. Choose"
+        ):
+            explain(datastore=stores / "ds", row=asked, progress=False)
+
+
+def test_every_shard_of_a_range_has_the_same_rows_set_aside(stores):
+    store = Datastore.open(stores / "ds")
+    for rows in store.manifest.ranges:
+        keys = [key for key in store.manifest.shard_keys() if (key.start, key.stop) == (rows.start, rows.stop)]
+        shards = [store.shard(key) for key in keys]
+        assert len(shards) == 2
+        assert {*shards[0].set_aside} == {*rows.rows_set_aside} > set()
+        assert shards[0].set_aside == shards[1].set_aside
+    assert not store.skipped
+
+
+def test_the_manifest_has_no_label_of_a_row_that_was_set_aside(stores):
+    text = (stores / "ds" / "manifest.json").read_text()
+    assert not [label for label in set_aside(stores / "ds").values() if f'"{label}"' in text]
+
+
+def test_a_row_that_was_set_aside_is_deleted_and_the_store_compacted(stores, tiny_pool, tmp_path):
+    copy = shutil.copytree(stores / "ds", tmp_path / "ds")
+    gone, kept = min(set_aside(copy)), kept_rows(copy)
+    delete_rows(copy, [(0, gone)])
+    assert not verify_deleted(copy, labels=[f"row-{gone}"]).problems
+    edited = tmp_path / "edited.jsonl"
+    lines = tiny_pool.read_text().splitlines(keepends=True)
+    edited.write_text("".join(line for n, line in enumerate(lines) if n != gone))
+    new = compact(datastore=copy, output=tmp_path / "out", data=edited, progress=False)
+    assert new.num_set_aside == NUM_ROWS - NUM_KEPT - 1
+    assert kept_rows(new.path) == [row - (row > gone) for row in kept]
+    assert set(set_aside(new.path).values()) == {f"row-{n}" for n in range(NUM_ROWS)} - {
+        f"row-{row}" for row in [gone, *kept]
+    }
+    swapped = lines[:gone] + lines[gone + 1 :]
+    out = [row - (row > gone) for row in set_aside(copy)]
+    swapped[out[0]], swapped[out[1]] = swapped[out[1]], swapped[out[0]]
+    edited.write_text("".join(swapped))
+    with pytest.raises(DataError, match=rf"edited\.jsonl:{out[0] + 1} is not row"):
+        compact(datastore=copy, output=tmp_path / "other", data=edited, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ class TestStrategies:
         first = kinds[one().ids[0]]
         capped = one(count=10, caps=[f"kind={first}:1"])
         assert [kinds[name] for name in capped.ids].count(first) == 1
-        assert capped.choice.passed_over[f"cap kind={first}"] > 0
+        assert len(capped.choice.passed_over[f"cap kind={first}"])
 
     def test_a_token_budget_is_not_exceeded(self, one, store):
         rows = Datastore.open(store).rows()
@@ -251,7 +251,7 @@ class TestStrategies:
         everything, distinct = one(count=13), one(count=13, duplicates="exact")
         assert len(everything.ids) == 13
         assert len(distinct.ids) == 12
-        assert distinct.choice.passed_over == {"duplicate": 1}
+        assert [len(rows) for rows in distinct.choice.passed_over.values()] == [1]
 
     @pytest.mark.parametrize("dtype", ["int8", "float32"])
     def test_a_row_alike_in_gradient_space_is_left_out(self, build, pool, targets, tmp_path, dtype):
@@ -260,7 +260,30 @@ class TestStrategies:
             datastore=store, targets=targets["sums"], count=13, near_duplicates=0.9999, progress=False
         )
         assert len(selection.ids) == 12
-        assert selection.choice.passed_over == {"near-duplicate": 1}
+        assert {rule: len(rows) for rule, rows in selection.choice.passed_over.items()} == {"near-duplicate": 1}
+
+    def test_a_baseline_compares_rows_by_the_feature_set_that_is_named(self, build, pool, targets, tmp_path):
+        store = build(tmp_path / "ds", pool, update_rule=["adam", "sgd"])
+        options = {"datastore": store, "targets": targets["sums"], "method": "bm25", "progress": False}
+        with pytest.raises(SettingError, match="adam-sparse, sgd-sparse"):
+            select(count=13, near_duplicates=0.9999, **options)
+        (selection,) = select(count=13, near_duplicates=0.9999, feature_set="sgd-sparse", **options)
+        assert len(selection.ids) == 12
+        with pytest.raises(SettingError, match="the method bm25 has none"):
+            select(count=3, feature_set="sgd-sparse", **options)
+
+    def test_every_line_of_the_scores_says_what_became_of_its_row(self, one, kinds, tmp_path):
+        first = kinds[one().ids[0]]
+        selection = one(count=10, caps=[f"kind={first}:1"], scores=tmp_path / "scores.jsonl")
+        lines = read_lines(tmp_path / "scores.jsonl")
+        assert len({tuple(line) for line in lines}) == 1, "each line has the same fields"
+        places = {line["id"]: line["selected"] for line in lines if line["selected"]}
+        assert places == {name: rank for rank, name in enumerate(selection.ids, start=1)}
+        scored = [line for line in lines if line["skipped"] is None]
+        assert [line["score"] is None for line in lines] == [line["skipped"] is not None for line in lines]
+        passed_over = [n for n, line in enumerate(scored) if line["passed_over"]]
+        assert passed_over == sorted(selection.choice.passed_over[f"cap kind={first}"].tolist()) != []
+        assert {scored[n]["passed_over"] for n in passed_over} == {f"cap kind={first}"}
 
     @pytest.mark.parametrize("diversity", ["mmr", "facility-location"])
     def test_diversity_takes_the_number_asked_for(self, one, diversity):
@@ -448,13 +471,13 @@ class TestScoresFile:
         assert [(line["source"], line["row"]) for line in written] == [(0, n) for n in range(len(lines))]
         ids = [json.loads(text)["id"] if n != 4 else "pool:4" for n, text in enumerate(lines)]
         assert [line["id"] for line in written] == ids
-        assert {n: line["skipped"] for n, line in enumerate(written) if "skipped" in line} == {
+        assert {n: line["skipped"] for n, line in enumerate(written) if line["skipped"]} == {
             4: "not JSON", 13: "no messages",
         }  # fmt: skip
         for n in (4, 13):
             found = {name: written[n][name] for name in ("score", "subtask", "rank", "scores")}
             assert found == {"score": None, "subtask": None, "rank": None, "scores": {}}
-        scored = [line for line in written if "skipped" not in line]
+        scored = [line for line in written if not line["skipped"]]
         assert sorted(line["rank"] for line in scored) == list(range(1, 14))
         for position, line in enumerate(scored):
             assert list(line["scores"]) == ["tones/a", "tones/b", "sums"]

@@ -112,14 +112,31 @@ def test_forged_scores_of_another_shape_are_not_taken(store, numbers):
     assert matrix.load(verify=False) is None
 
 
-def test_scores_of_an_older_state_of_the_store_are_removed(store, numbers):
+@pytest.mark.parametrize("name", ["scores.json", "progress.json"])
+@pytest.mark.parametrize("in_use", [False, True])
+def test_scores_of_another_state_of_the_store_are_removed_unless_they_are_being_written(store, numbers, name, in_use):
     old = ScoreMatrix(store, {})
     make(old, numbers)
     doc = json.loads((old.path / "scores.json").read_text())
     doc["made_of"]["manifest"] = "0" * 64
-    (old.path / "scores.json").write_text(json.dumps(doc))
+    (old.path / "scores.json").rename(old.path / name)
+    (old.path / name).write_text(json.dumps(doc))
+    lock = lock_folder(old.path) if in_use else None
     make(ScoreMatrix(store, {"new": True}), numbers)
-    assert not old.path.exists()
+    assert (old.path / "scores.npy").exists() == old.path.exists() == in_use
+    if lock is not None:
+        os.close(lock)
+
+
+def test_a_scan_that_has_just_begun_says_what_it_is_of(store, numbers):
+    matrix = ScoreMatrix(store, {"of": "it"})
+
+    def parts(first):
+        assert json.loads((matrix.path / "progress.json").read_text())["made_of"]["of"] == "it"
+        yield 0, numbers
+
+    matrix.make(numbers.shape[1], "q", {}, parts)
+    assert matrix.load() is not None
 
 
 def test_scores_stay_in_memory_while_another_process_writes_them(store, numbers):

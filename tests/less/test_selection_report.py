@@ -133,16 +133,45 @@ def test_negative_targets_are_told_of(tiny_store, tiny_target_file, tiny_rows, t
     away_N = np.array([line["away"] for line in lines_of(tmp_path / "all.jsonl")])
     assert found.away.mean_selected == pytest.approx(selection.away.mean(), rel=1e-5)
     best = np.argsort(-found.score_N, kind="stable")[:10]
-    passed_over = best[~found.is_selected_N[best]]
-    assert found.num_best_taken == 10 - len(passed_over) < 10
+    outranked = best[~found.is_selected_N[best]]
+    assert found.num_best_taken == 10 - len(outranked) < 10
     assert found.away.mean_best == pytest.approx(away_N[best].mean(), rel=1e-5)
-    assert found.away.mean_passed_over == pytest.approx(away_N[passed_over].mean(), rel=1e-5)
-    assert [row.away for row in found.below[: len(passed_over)]] == pytest.approx(away_N[passed_over])
+    assert found.away.num_outranked == len(outranked)
+    assert found.away.mean_outranked == pytest.approx(away_N[outranked].mean(), rel=1e-5)
+    assert (found.away.num_forbidden, found.away.mean_forbidden, found.rules) == (0, None, ())
+    assert [row.away for row in found.below[: len(outranked)]] == pytest.approx(away_N[outranked])
     assert [row.id for row in found.top] == list(selection.ids[: len(found.top)])
 
 
+def test_what_each_rule_left_out_is_told(tiny_store, tiny_target_file, tiny_rows, tmp_path):
+    options = {"datastore": tiny_store, "targets": tiny_target_file, "progress": False}
+    (plain,) = select(count=40, away_from=tiny_rows[:3], **options)
+    threshold = float(np.quantile(plain.away, 0.75))
+    (selection,) = select(
+        away_from=tiny_rows[:3], away_above=threshold, caps=["kind=3"], count=12, output=tmp_path / "s.jsonl",
+        scores=tmp_path / "all.jsonl", **options,
+    )  # fmt: skip
+    found = report_selection(datastore=tiny_store, selected=tmp_path / "s.jsonl", scores=tmp_path / "all.jsonl")
+    lines = lines_of(tmp_path / "all.jsonl")
+    assert len(found.rules) > 1
+    assert {facts.rule: facts.num_rows for facts in found.rules} == {
+        rule: len(rows) for rule, rows in selection.choice.passed_over.items()
+    }
+    for facts in found.rules:
+        own = [line for line in lines if line["passed_over"] == facts.rule]
+        assert facts.mean_score == pytest.approx(np.mean([line["score"] for line in own]), rel=1e-5)
+        assert facts.mean_away == pytest.approx(np.mean([line["away"] for line in own]), rel=1e-5)
+        assert facts.best_rank == min(line["rank"] for line in own)
+    forbidden = [line["away"] for line in lines if line["passed_over"] == "away"]
+    assert (found.away.num_forbidden, min(forbidden) >= threshold) == (len(forbidden), True)
+    assert found.away.mean_forbidden == pytest.approx(np.mean(forbidden), rel=1e-5)
+    of_row = {line["id"]: line["passed_over"] for line in lines}
+    assert [row.passed_over for row in found.below] == [of_row[row.id] for row in found.below]
+    assert json.loads(json.dumps(found.to_json()))["rules"][0]["num_rows"] == found.rules[0].num_rows
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_rows_that_no_id_tells_apart_are_found_by_their_content(
+def test_rows_that_no_id_tells_apart_are_found_by_their_rank(
     tiny_model_folder, tiny_run, tiny_rows, tiny_target_file, tmp_path, suffix
 ):
     pool = [{name: row[name] for name in row if name != "id"} for row in tiny_rows[:12]]
@@ -190,19 +219,30 @@ class TestRefuses:
         with pytest.raises(DataError, match=r"s\.jsonl:1 has no scores"):
             ask(scores=made[0] / "s.jsonl")
 
-    def test_a_selection_of_another_store(self, ask, made, tmp_path):
-        rows = lines_of(made[0] / "s.jsonl")
-        with pytest.raises(DataError, match=r"a\.jsonl:2 is no scored row of the store"):
-            ask(selected=write(tmp_path / "a.jsonl", [rows[0], rows[1] | {"id": "other"}]))
-        with pytest.raises(DataError, match="the same row of the store twice"):
-            ask(selected=write(tmp_path / "b.jsonl", [rows[0], rows[0]]))
-        with pytest.raises(DataError, match=r"all\.jsonl:1 has no influence_score"):
-            ask(selected=made[0] / "all.jsonl")
+    def test_scores_whose_lines_do_not_fit_together(self, ask, made, tmp_path):
+        lines = lines_of(made[0] / "all.jsonl")
+        place = next(n for n, line in enumerate(lines) if line["selected"] == 3)
+        lines[place]["selected"] = 2
+        with pytest.raises(DataError, match="ranks are not 1 to 10"):
+            ask(scores=write(tmp_path / "a.jsonl", lines))
+        for strange in ({"a": 1.0}, {"a": None, "b": 1.0}, {"a": "x", "b": "y"}):
+            lines[4]["scores"] = strange
+            with pytest.raises(DataError, match=r"b\.jsonl:5 has other scores than the lines before"):
+                ask(scores=write(tmp_path / "b.jsonl", lines))
 
-    def test_a_selection_for_other_targets(self, ask, made, tmp_path):
-        rows = [row | {"influence_subtask": "other"} for row in lines_of(made[0] / "s.jsonl")]
-        with pytest.raises(DataError, match="were taken for 'other', and the scores are for a, b"):
-            ask(selected=write(tmp_path / "s.jsonl", rows))
+    def test_a_selection_that_the_scores_were_not_written_with(self, ask, made, tmp_path):
+        rows = lines_of(made[0] / "s.jsonl")
+        for name, strange, message in (
+            ("another row", [rows[0], rows[1] | {"id": "other"}], "2 is not the row of rank 2 in all.jsonl"),
+            ("for other targets", [rows[0] | {"influence_subtask": "other"}], "1 is not the row of rank 1"),
+            ("a row twice", [rows[0], rows[0]], "2 has the rank 1, expected 2"),
+            ("too few", rows[:-1], "has 9 rows, and all.jsonl says that 10 are selected"),
+            ("too many", [*rows, rows[-1] | {"influence_rank": 11}], "11 is not the row of rank 11"),
+        ):
+            with pytest.raises(DataError, match=message):
+                ask(selected=write(tmp_path / f"{name}.jsonl", strange))
+        with pytest.raises(DataError, match=r"all\.jsonl:1 has no influence_rank"):
+            ask(selected=made[0] / "all.jsonl")
 
     def test_a_column_that_the_pool_lacks(self, ask):
         with pytest.raises(SettingError, match="no column 'colour' to compare by; it has id, kind, messages"):

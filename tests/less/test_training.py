@@ -275,7 +275,7 @@ class TestConfig:
         assert WarmupConfig(target_modules="q_proj, v_proj") == WarmupConfig(target_modules=["q_proj", "v_proj"])
 
     def test_unknown_names_are_answered_with_the_known(self, run: Any) -> None:
-        with pytest.raises(TypeError, match=r"no setting 'lr'; expected some of fraction, .*trust_remote_code"):
+        with pytest.raises(TypeError, match=r"no setting 'lr'; expected some of batch_size, .*warmup_ratio"):
             run(lr=1)
 
     def test_modules_that_are_not_there_or_cannot_be_used(self, run: Any, tiny_model: Any) -> None:

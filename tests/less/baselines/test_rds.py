@@ -135,7 +135,7 @@ class TestTheStoreBeside:
         embed(tmp_path / "own", tiny_pool)
         own = score(datastore=tmp_path / "own", targets=tiny_target_file, progress=False)
         np.testing.assert_array_equal(own.scores_NJ, beside.scores_NJ)
-        assert own.rows.ids == beside.rows.ids
+        assert list(own.rows.ids) == list(beside.rows.ids)
 
     def test_is_completed_when_the_pool_has_grown(self, build, tiny_rows, tiny_target_file, num_embedded, tmp_path):
         (tmp_path / "more.jsonl").write_text(json.dumps(tiny_rows[30]) + "\n")
@@ -206,7 +206,7 @@ class TestAtRowsOf:
         store, other = Datastore.open(tmp_path / "ds"), embed(tmp_path / "own", [parts[2], parts[1], parts[0]])
         positions_N = at_rows_of(store, other)
         ours, theirs = store.rows(), other.rows()
-        assert [theirs.ids[n] for n in positions_N] == ours.ids
+        assert [theirs.ids[n] for n in positions_N] == list(ours.ids)
         np.testing.assert_array_equal(theirs.digests_N[positions_N], ours.digests_N)
         assert positions_N.tolist() != sorted(positions_N.tolist())
 

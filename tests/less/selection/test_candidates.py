@@ -32,6 +32,14 @@ def test_labels_hold_each_rows_values_once(values):
         assert labels.rows_with(code).tolist() == [n for n, value in enumerate(values) if name in as_lists(value)]
 
 
+def test_several_columns_are_read_at_once_as_each_alone():
+    rows = [("a", None), (["b", "a", "b"], 1), ("c", [2, 1])]
+    for found, column in zip(Labels.of_columns(iter(rows), 2), zip(*rows, strict=True), strict=True):
+        alone = Labels.of(column)
+        assert found.names == alone.names
+        assert [found.of_row(n) for n in range(3)] == [alone.of_row(n) for n in range(3)]
+
+
 @given(VALUES)
 def test_pairs_are_the_unordered_pairs_of_a_rows_values(values):
     labels = Labels.of(values)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from datastore import Datastore, DatastoreWriter, ShardKey
+from datastore import Datastore, DatastoreWriter, ShardKey, delete_rows
 from datastore.errors import DamagedStoreError, DataError, ProvenanceError, SettingError
 from less import build_datastore, score, verify
 from less.scan import influence_scores
@@ -143,6 +143,12 @@ class TestTargets:
         assert [pair.id for pair in found.contaminated if pair.target_id == "row-17"] == ["row-17"]
         assert any("pool.jsonl:18" in line for line in found.verdicts)
         assert found.values["contaminated"] == len(found.contaminated)
+
+    def test_that_stand_in_a_deleted_row_are_not_found(self, store, tiny_rows, tiny_targets, tmp_path):
+        folder = shutil.copytree(store, tmp_path / "ds")
+        delete_rows(folder, [(0, 17)])
+        found = verify(datastore=folder, sample=2, targets=[*tiny_targets[:2], tiny_rows[17]], progress=False)
+        assert "row-17" not in [pair.id for pair in found.contaminated]
 
     def test_that_are_not_in_the_pool_are_not_found(self, store):
         strange = {"messages": [{"role": "user", "content": f"{'zebra ' * 9}"}, {"role": "assistant", "content": "no"}]}
