@@ -8,17 +8,19 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from datastore.errors import CheckpointError, UnsupportedError
 from less.models import first_line, lora_layers, lora_parameters
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 __all__ = [
     "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "adapted_model", "load_adapter_config", "load_adapter_weights", "lora_model",
@@ -29,7 +31,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @contextmanager
-def lora_model(base: PreTrainedModel, config: LoraConfig) -> Iterator[PeftModel]:
+def lora_model(base: "PreTrainedModel", config: "LoraConfig") -> "Iterator[PeftModel]":
     """`base` with an untrained LoRA adapter; afterwards, whatever happens, the base is as it was.
 
     Adapter weights are kept in float32 whatever the base's dtype, as PEFT trains them.
@@ -37,6 +39,8 @@ def lora_model(base: PreTrainedModel, config: LoraConfig) -> Iterator[PeftModel]
     Raises:
         UnsupportedError: the adapter does not fit the model, or its per-sample gradients would be wrong.
     """
+    from peft import get_peft_model
+
     required_grad = {name: p.requires_grad for name, p in base.named_parameters()}
     use_cache, training = getattr(base.config, "use_cache", None), base.training
     try:
@@ -60,7 +64,7 @@ def lora_model(base: PreTrainedModel, config: LoraConfig) -> Iterator[PeftModel]
 
 
 @contextmanager
-def adapted_model(base: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
+def adapted_model(base: "PreTrainedModel", folder: Path) -> "Iterator[PeftModel]":
     """`base` with the LoRA adapter of a checkpoint folder; the base is given back as it was.
 
     Raises:
@@ -101,7 +105,7 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
             parameter.copy_(saved[name])
 
 
-def load_adapter_config(folder: Path) -> LoraConfig:
+def load_adapter_config(folder: Path) -> "LoraConfig":
     """The shape of a checkpoint's adapter, without dropout, for weights that come from a file.
 
     Raises:
@@ -115,6 +119,8 @@ def load_adapter_config(folder: Path) -> LoraConfig:
     except ValueError as err:
         raise CheckpointError(f"{file} is not JSON: {err}") from err
     _refuse_unsupported_config(raw, file)
+    from peft import LoraConfig
+
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
     config.init_lora_weights = False  # the weights come from the file
@@ -157,7 +163,7 @@ def _refuse_unsupported_config(raw: dict[str, Any], file: Path) -> None:
         )
 
 
-def _refuse_unsupported_layers(model: PeftModel) -> None:
+def _refuse_unsupported_layers(model: "PeftModel") -> None:
     head = model.get_base_model().get_output_embeddings()
     for name, layer in lora_layers(model).items():
         kind = type(layer).__name__

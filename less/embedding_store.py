@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore, DatastoreWriter, ShardKey, check_free_space
 from datastore.coding import check_feature_dtype, row_bytes
@@ -27,6 +26,7 @@ from less.row_ranges import RowRange, compute_shards, render_range
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["BASE", "EmbeddingConfig", "build_embeddings"]
 

@@ -13,12 +13,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore, GradientSpace, RowTable
 from datastore.coding import as_float32
@@ -32,6 +31,9 @@ from less.pool import Pool
 from less.provenance import holds_gradients
 from less.scoring import ScoreConfig, Scorer
 from less.selection import ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "CheckpointFacts",
@@ -190,8 +192,8 @@ def explain(
     row: str | tuple[int, int],
     targets: Any = None,
     data: Any = None,
-    model: str | Path | PreTrainedModel | None = None,
-    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    model: "str | Path | PreTrainedModel | None" = None,
+    tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
     checkpoints: str | Path | Sequence[str | Path] | None = None,
     progress: bool = True,
     **settings: Any,

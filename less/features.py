@@ -11,9 +11,9 @@ one kernel. What the features mean together is `less.influence`'s business.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from less.adam import PreparedRule, UpdateRule
@@ -22,6 +22,9 @@ from less.gradients import per_sample_gradients
 from less.models import ParamLayout
 from less.moments import AdamState
 from less.projection import ProjectionConfig, Projector
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["BatchFeatures", "FeatureSet", "FeatureSetConfig", "gradient_features", "shared_direction"]
 
@@ -83,7 +86,7 @@ class BatchFeatures:
     """φ (or ψ) of each row, not normalised, by feature set."""
 
 
-def gradient_features(model: PeftModel, batch: Batch, feature_sets: Sequence[FeatureSet]) -> BatchFeatures:
+def gradient_features(model: "PeftModel", batch: Batch, feature_sets: Sequence[FeatureSet]) -> BatchFeatures:
     """One forward and one backward pass of a batch, for every feature set at once.
 
     Args:

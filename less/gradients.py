@@ -15,18 +15,20 @@ row at a time, through PEFT's own forward.
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from datastore.errors import UnsupportedError
 from less.data.batching import Batch
 from less.lm_head import Unembedding, find_unembedding, linear_cross_entropy, lm_head
 from less.models import layer_of, lora_layers, lora_parameters
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
 __all__ = ["BlockSink", "gradients_ref", "per_sample_gradients", "token_losses"]
 
@@ -37,7 +39,7 @@ _WAY_OUT = "leave it out of target_modules in training, or choose other --layers
 
 
 def per_sample_gradients(
-    model: PeftModel, batch: Batch, sink: BlockSink, layers: Collection[str] | None = None
+    model: "PeftModel", batch: Batch, sink: BlockSink, layers: Collection[str] | None = None
 ) -> Tensor:
     """Run one batch forward and backward, handing each parameter's per-sample gradients to `sink`.
 
@@ -107,7 +109,7 @@ def token_losses(model: nn.Module, batch: Batch, head: Unembedding | None) -> Te
     return nll_BT.sum(dim=1) / num_predicted_B
 
 
-def gradients_ref(model: PeftModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients_ref(model: "PeftModel", batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """`per_sample_gradients`, slowly: autograd, a row at a time, unpadded, whole logits, PEFT's forward.
 
     Returns:
@@ -161,11 +163,11 @@ class _StreamingLora(torch.autograd.Function):
 
 
 @contextmanager
-def _streaming_lora(model: PeftModel, shape_BT: torch.Size, sink: BlockSink, unseen: set[str]) -> Iterator[None]:
+def _streaming_lora(model: "PeftModel", shape_BT: torch.Size, sink: BlockSink, unseen: set[str]) -> Iterator[None]:
     """Within it, every LoRA layer of `model` runs `_StreamingLora`; those of `unseen` leave it as they are called."""
     layers, wanted = lora_layers(model), frozenset(unseen)
 
-    def forward(name: str, layer: LoraLayer, x_BTI: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(name: str, layer: "LoraLayer", x_BTI: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if name in wanted:
             if name not in unseen:
                 raise UnsupportedError(

@@ -14,7 +14,6 @@ from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from datastore.errors import UnsupportedError
@@ -31,6 +30,8 @@ def lm_head(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedError: there is none.
     """
+    from peft import PeftModel
+
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     head = base.get_output_embeddings()  # type: ignore[operator]
     if head is None:

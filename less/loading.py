@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from datastore.errors import SettingError
 from less.data.rendering import RenderConfig, Renderer
 from less.models import context_length, load_base_model, load_tokenizer
 from less.provenance import location_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["LoadingConfig", "load_model"]
 
@@ -51,7 +53,7 @@ def load_model(
     model: "str | Path | PreTrainedModel",
     tokenizer: "str | Path | PreTrainedTokenizerBase | None",
     config: LoadingConfig,
-) -> tuple[PreTrainedModel, Renderer]:
+) -> "tuple[PreTrainedModel, Renderer]":
     """The base model, and what renders rows with its tokenizer or the one given.
 
     Args:

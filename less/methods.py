@@ -7,10 +7,9 @@ the result is one `InfluenceScores`, and all that follows (selection, files, eva
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore
 from datastore.errors import SettingError
@@ -20,6 +19,9 @@ from less.influence import InfluenceScores
 from less.pool import Pool
 from less.provenance import holds_gradients
 from less.scoring import ScoreConfig, Scorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["TargetScorer", "method_of", "open_scorer", "score"]
 

@@ -14,22 +14,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+import transformers  # its names are loaded when they are used: `transformers.AutoModel`
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from datastore.errors import ModelError, SettingError
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "ParamLayout",
@@ -135,43 +131,43 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_config(name: str | Path, *, trust_remote_code: bool = False) -> "PretrainedConfig":
     """The configuration of a model, without its weights.
 
     Raises:
         ModelError: none is found there.
     """
     try:
-        return AutoConfig.from_pretrained(str(name), trust_remote_code=trust_remote_code)
+        return transformers.AutoConfig.from_pretrained(str(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as err:
         raise ModelError(f"no model is found at {str(name)!r}: {first_line(err)}") from err
 
 
 def load_tokenizer(
-    tokenizer: str | Path | PreTrainedTokenizerBase, *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+    tokenizer: "str | Path | PreTrainedTokenizerBase", *, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
     """The tokenizer itself, or the one kept in the folder or hub repository of that name.
 
     Raises:
         ModelError: none is found there.
     """
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
+    if isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
         return tokenizer
     if not str(tokenizer):
         raise ModelError("the model has no name to load its tokenizer by; give the tokenizer too")
     try:
-        return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as err:
         raise ModelError(f"no tokenizer can be loaded from {str(tokenizer)!r}: {first_line(err)}") from err
 
 
 def load_base_model(
-    model: str | Path | PreTrainedModel,
+    model: "str | Path | PreTrainedModel",
     *,
     dtype: str = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """The base model, on `device`.
 
     Args:
@@ -185,12 +181,14 @@ def load_base_model(
         ModelError: no such model, or a PEFT model where its base is expected.
         SettingError: `dtype` or `device` contradict a loaded model.
     """
+    from peft import PeftModel
+
     if isinstance(model, PeftModel):
         raise ModelError(
             "got a PEFT model, expected its base model: adapters are taken from the checkpoints. "
             "Pass `model.unload()` or the base model's name"
         )
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, transformers.PreTrainedModel):
         for word, asked, found in (
             ("device", str(device), str(model.device)),
             ("dtype", dtype, str(model.dtype).removeprefix("torch.")),
@@ -204,7 +202,7 @@ def load_base_model(
     if not isinstance(model, str | Path):
         raise ModelError(f"model must be a name, a folder or a transformers model, got {type(model).__name__}")
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
             str(model), dtype=resolve_dtype(dtype, where), trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as err:
@@ -212,7 +210,7 @@ def load_base_model(
     return loaded.to(where)
 
 
-def context_length(config: PretrainedConfig) -> int | None:
+def context_length(config: "PretrainedConfig") -> int | None:
     """Most tokens that a model's positions allow, or None where its configuration does not say."""
     config = config.get_text_config()
     for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
@@ -240,8 +238,10 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+def lora_layers(model: nn.Module) -> "dict[str, LoraLayer]":
     """Every module that carries a LoRA adapter, by its PEFT name."""
+    from peft.tuners.lora import LoraLayer
+
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from datastore.errors import OptimizerStateError
 from less.models import ParamLayout, lora_parameters
@@ -171,6 +170,8 @@ def _parameter_names(groups: list[dict[str, Any]], model: nn.Module) -> dict[Any
 
 def _trainer_groups(model: nn.Module) -> tuple[list[str], list[str]]:
     """LoRA parameters with and without weight decay, each in the order of `Trainer.create_optimizer`."""
+    from transformers import Trainer
+
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # its rule reads nothing of a Trainer
     groups: tuple[list[str], list[str]] = ([], [])
     name_of = {id(parameter): name for name, parameter in lora_parameters(model).items()}

@@ -17,11 +17,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Build, Datastore, Shard
 from datastore.build import BUILD
@@ -33,6 +32,9 @@ from less.data.targets import TargetSet
 from less.features import FeatureSetConfig
 from less.scoring import ScoreConfig, Scorer
 from less.selection import num_to_select, select_round_robin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "EVERY_ROW",
@@ -209,8 +211,8 @@ def rank_rows(
     sources: Sequence[Source],
     target_sets: Sequence[TargetSet],
     *,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     checkpoint: Checkpoint,
     config: ScoreConfig,
     progress: bool,

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore
 from datastore.errors import ProvenanceError
@@ -22,6 +21,9 @@ from less.features import FeatureSetConfig
 from less.models import ParamLayout, model_fingerprint
 from less.moments import AdamState
 from less.projection import ProjectionConfig, Projector, make_projector
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "check_checkpoints",
@@ -40,7 +42,7 @@ __all__ = [
 
 def record_settings(
     *,
-    base: PreTrainedModel,
+    base: "PreTrainedModel",
     layout: ParamLayout,
     layers: str,
     renderer: Renderer,
@@ -89,7 +91,7 @@ def record_settings(
 
 def record_embedding_settings(
     *,
-    base: PreTrainedModel,
+    base: "PreTrainedModel",
     renderer: Renderer,
     feature_set: str,
     checkpoint: str,
@@ -139,8 +141,8 @@ def constants_of(state: AdamState | None) -> dict[str, Any] | None:
 
 def record_environment(
     *,
-    model: str | Path | PreTrainedModel,
-    tokenizer: str | Path | PreTrainedTokenizerBase | None,
+    model: "str | Path | PreTrainedModel",
+    tokenizer: "str | Path | PreTrainedTokenizerBase | None",
     checkpoints: Sequence[Checkpoint],
     rendering: RenderConfig,
     device: torch.device,
@@ -168,19 +170,19 @@ def running_on(device: torch.device) -> dict[str, Any]:
     }
 
 
-def location_of(thing: str | Path | PreTrainedModel | PreTrainedTokenizerBase) -> str:
+def location_of(thing: "str | Path | PreTrainedModel | PreTrainedTokenizerBase") -> str:
     """Where to load a model, tokenizer or template again: an absolute path, or the hub's name for it.
 
     Empty for an object that was never loaded from anywhere.
     """
-    if isinstance(thing, PreTrainedModel | PreTrainedTokenizerBase):
+    if not isinstance(thing, str | Path):
         thing = str(thing.name_or_path or "")
     if not str(thing):
         return ""
     return str(Path(thing).resolve()) if Path(thing).exists() else str(thing)
 
 
-def check_model(store: Datastore, model: PreTrainedModel) -> None:
+def check_model(store: Datastore, model: "PreTrainedModel") -> None:
     """Raise `ProvenanceError` unless `model` has the weights that the store was built with."""
     found, expected = model_fingerprint(model), store.settings["model"]["fingerprint"]
     if found != expected:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore
 from datastore.errors import SettingError
@@ -37,6 +36,7 @@ from less.statistics import spearman
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["COMBINATIONS", "Selection", "select"]
 
@@ -120,8 +120,8 @@ def select(
     combine: str | None = None,
     away_from: Any = None,
     data: Any = None,
-    model: str | Path | PreTrainedModel | None = None,
-    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    model: "str | Path | PreTrainedModel | None" = None,
+    tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
     checkpoints: str | Path | Sequence[str | Path] | None = None,
     progress: bool = True,
     **settings: Any,

@@ -9,13 +9,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from datastore import Datastore
 from datastore.errors import DataError, ProvenanceError, RowError, SettingError
@@ -39,6 +38,9 @@ from less.provenance import (
 )
 from less.scan import gather_scores, iter_scores
 from less.score_matrix import ScoreMatrix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["METHODS", "ScoreConfig", "Scorer", "load_target_sets", "open_base_model", "open_renderer"]
 
@@ -113,7 +115,7 @@ def load_target_sets(targets: Any, renderer: Renderer, strict: bool) -> list[Tar
     return sets
 
 
-def open_base_model(store: Datastore, config: ScoreConfig, model: Any) -> PreTrainedModel:
+def open_base_model(store: Datastore, config: ScoreConfig, model: Any) -> "PreTrainedModel":
     """The model that a store was built with: `model`, or where the build found it.
 
     Raises:
@@ -198,7 +200,7 @@ class Scorer:
         self.renderer = open_renderer(store, config, model, tokenizer, store.settings["rendering"]["max_length"])
 
     @cached_property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> "PreTrainedModel":
         """The base model, loaded when it is first needed: scores that are kept need none.
 
         Raises:

@@ -84,6 +84,14 @@ def test_importing_a_package_loads_no_torch(name):
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.parametrize("name", ["less.ranking", "less.selection_report", "less.explanation", "less.duplicates"])
+def test_what_works_on_kept_scores_loads_no_library_of_models(name):
+    """They take seconds, and a selection of which the scores are kept needs none of them."""
+    heavy = ("peft", "datasets", "transformers.modeling_utils", "transformers.trainer")
+    done = python(f"import sys, {name}; print([m for m in {heavy} if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_the_core_does_without_what_only_some_need(tmp_path):
     """A bare torch image: rows of a JSON Lines file are read, rendered, batched and written."""
     code = f"""

@@ -8,12 +8,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore import Datastore
 from datastore.build import BUILD, Build
@@ -28,6 +27,9 @@ from less.progress import Progress
 from less.provenance import check_model, holds_gradients
 from less.scan import influence_scores
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 __all__ = ["at_rows_of", "embedding_store", "embeddings_folder", "rds_scores"]
 
 
@@ -38,8 +40,8 @@ def embeddings_folder(store: Datastore) -> Path:
 
 def embedding_store(
     store: Datastore,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     pool: Pool,
     *,
     tokens_per_batch: int | None = None,
@@ -74,7 +76,7 @@ def embedding_store(
 
 def rds_scores(
     embeddings: Datastore,
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     targets: Sequence[Rendered],
     subtask_M: Sequence[int],
     num_subtasks: int,
