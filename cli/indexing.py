@@ -99,7 +99,7 @@ def explain_command(quiet: bool, debug: bool, json_file: str | None, **options: 
     \b
     gradsift explain store --row pool:17 --targets target.jsonl
     """
-    check_writable(json_file)
+    check_writable(json_file, store=options["datastore"], inputs=[*options["targets"], *options["data"]])
     hush_libraries(quiet)
     from less import explain
 

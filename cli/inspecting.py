@@ -22,6 +22,7 @@ def inspect_command(datastore: str, verify: bool, as_json: bool, quiet: bool, de
     gradsift inspect store --verify
     """
     from datastore import Datastore
+    from datastore.errors import StoreError
 
     store = Datastore.open(datastore)
     if verify:
@@ -35,15 +36,21 @@ def inspect_command(datastore: str, verify: bool, as_json: bool, quiet: bool, de
         return
     view = table(str(store.path), "what", "value")
     view.show_header = False
-    for name, value in _lines(store):
-        view.add_row(name, value)
+    checkpoints = table("checkpoints", "name", "step", "weight", "adapter sha256")
+    try:  # settings and environments are their writer's affair: another's are not shaped like ours
+        for name, value in _lines(store):
+            view.add_row(name, value)
+        for name in store.checkpoints:
+            entry = store.settings["checkpoints"][name]
+            adapter = entry["adapter_sha256"] or "none"
+            checkpoints.add_row(name, str(entry["step"]), f"{entry['weight']:.4f}", adapter[:12])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"the settings and environments of {store.path} are not as `gradsift build-datastore` writes them "
+            f"({type(error).__name__}: {error}). See them as they are with --json"
+        ) from error
     show_table(view)
     click.echo()
-    checkpoints = table("checkpoints", "name", "step", "weight", "adapter sha256")
-    for name in store.checkpoints:
-        entry = store.settings["checkpoints"][name]
-        adapter = entry["adapter_sha256"] or "none"
-        checkpoints.add_row(name, str(entry["step"]), f"{entry['weight']:.4f}", adapter[:12])
     show_table(checkpoints)
     click.echo()
     sources = table("sources", "name", "rows", "sha256", "location")
@@ -90,7 +97,7 @@ def _summary(store: Any) -> dict[str, Any]:
         "num_bytes": store.num_bytes,
         "sources": [vars(source) for source in store.sources],
         "settings": store.settings,
-        "environment": store.environment,
+        "environment": store.environment if store.manifest.environments else None,
         "skipped": [{"where": row.where, "reason": row.reason, "detail": row.detail} for row in store.skipped],
     }
 

@@ -64,7 +64,7 @@ def selection_report_command(
     gradsift report --datastore store --selected selected.jsonl \\
         --scores scores.jsonl --output report.html
     """
-    check_writable(output, json_file)
+    check_writable(output, json_file, store=options["datastore"], inputs=[selected, options["scores"], *data])
     from cli.selection_report import write_selection_page
     from less import report_selection
 

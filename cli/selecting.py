@@ -23,7 +23,7 @@ _how_much = bundle(
     click.option("--fraction", type=float, metavar="F", help="Of the usable rows of the pool to select, such as 0.05."),
     click.option("--count", type=int, metavar="N", help="Number of rows to select, in place of --fraction."),
     click.option("--token-budget", type=int, metavar="N", help="Or the most supervised tokens they may hold."),
-    click.option("--config", metavar="TOML", help="File of the settings above and below; words here stand before it."),
+    click.option("--config", metavar="TOML", help="File of these settings; an option given here replaces the file's."),
 )
 
 _which = bundle(
@@ -33,8 +33,8 @@ _which = bundle(
     click.option("--balance", metavar="COLUMN", help="The values of a column of the pool take turns."),
     click.option("--balance-pairs", metavar="COLUMN", help="Pairs of a row's values, such as skills, take turns."),
     click.option(
-        "--quota", "quotas", multiple=True, metavar="COL=VALUE:N",
-        help="At least N rows, or a share such as 0.3, have this value; may be repeated.",
+        "--quota", "quotas", multiple=True, metavar="COL=[VALUE:]N",
+        help="At least N rows, or a share such as 0.3, have this value, or each value; may be repeated.",
     ),
     click.option(
         "--cap", "caps", multiple=True, metavar="COL=[VALUE:]N",
@@ -46,7 +46,7 @@ _which = bundle(
     ),
     click.option(
         "--near-duplicates", type=float, metavar="COS",
-        help="Leave out rows this like a taken one in gradient space, such as 0.95.",
+        help="Leave out rows this similar to a taken one in gradient space, such as 0.95.",
     ),
     click.option(
         "--diversity", type=click.Choice(["mmr", "facility-location"]),
@@ -81,7 +81,7 @@ _which = bundle(
 )
 @_how_much
 @click.option(
-    "--output", required=True, metavar="OUT", help=".jsonl or .parquet file; or a folder, a file a target set."
+    "--output", required=True, metavar="OUT", help=".jsonl or .parquet file; or a folder, for one file each target set."
 )
 @click.option("--scores", metavar="SCORES", help="Also write every candidate's scores: a .jsonl file, or a folder.")
 @click.option(
@@ -151,13 +151,14 @@ def select_command(quiet: bool, debug: bool, **options: Any) -> None:
         return
     for selection in selections:
         show_skipped(selection.skipped_targets, None, what="targets")
-        view = table(f"{selection.name}: {len(selection.ids)} rows", "rank", "score", "subtask", "id")
-        rows = zip(selection.scores, selection.subtasks, selection.ids, strict=True)
-        for rank, (score, subtask, name) in enumerate(rows, start=1):
-            if rank == len(selection.ids) > _NUM_SHOWN + 1:
+        num_rows, ids = len(selection.positions), selection.influence.rows.ids
+        view = table(f"{selection.name}: {num_rows} rows", "rank", "score", "subtask", "id")
+        for n in range(num_rows):
+            if n == num_rows - 1 > _NUM_SHOWN:
                 view.add_row("…", "…", "…", "…")
-            if rank <= _NUM_SHOWN or rank == len(selection.ids):
-                view.add_row(str(rank), f"{score:.4f}", subtask, name)
+            if n < _NUM_SHOWN or n == num_rows - 1:
+                name = ids[int(selection.positions[n])]
+                view.add_row(str(n + 1), f"{selection.scores[n]:.4f}", selection.subtasks[n], name)
         show_table(view)
         _show_choice(selection.choice)
         if selection.num_targets < _FEW_TARGETS and options["method"] in (None, "less"):

@@ -60,7 +60,7 @@ def verify_command(quiet: bool, debug: bool, json_file: str | None, **options: A
     gradsift verify store --targets target.jsonl \\
         --require gradient=1e-3,spearman=0.9,contaminated=0
     """
-    check_writable(json_file)
+    check_writable(json_file, store=options["datastore"], inputs=[*options["targets"], *options["data"]])
     hush_libraries(quiet)
     from less import verify
 

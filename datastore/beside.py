@@ -11,9 +11,19 @@ from pathlib import Path
 
 from datastore.build import BUILD
 from datastore.errors import StoreError
-from datastore.files import disk_errors, lock_folder
+from datastore.files import disk_errors, lock_folder, sync_folder
 
-__all__ = ["EMBEDDINGS", "FILES", "INDEX", "PREFILTER", "SCORES", "beside", "remove_made_from", "remove_store"]
+__all__ = [
+    "EMBEDDINGS",
+    "FILES",
+    "INDEX",
+    "PREFILTER",
+    "SCORES",
+    "beside",
+    "has_files",
+    "remove_made_from",
+    "remove_store",
+]
 
 INDEX, SCORES, PREFILTER, EMBEDDINGS = "index", "scores", "prefilter", "rds"
 FILES = {
@@ -52,14 +62,31 @@ def remove_made_from(folder: Path) -> None:
             _remove_if_empty(place)
 
 
+def has_files(place: Path) -> bool:
+    """Whether anything is in a folder but a lock, which is all that a removal leaves that was killed at its end."""
+    return any(entry.name != ".lock" for entry in place.iterdir())
+
+
 def remove_store(place: Path) -> None:
-    """Remove the store in a folder, if there is one; `StoreLockedError` where it is being written."""
-    if (place / BUILD).is_file():
-        lock = lock_folder(place)
-        try:
-            shutil.rmtree(place)
-        finally:
-            os.close(lock)
+    """Remove the store in a folder, if there is one; `StoreLockedError` where it is being written.
+
+    `build.json` goes last, since by it a removal that was killed is known to have left its work.
+    """
+    if not (place / BUILD).is_file() and not (place.is_dir() and not has_files(place)):
+        return
+    lock = lock_folder(place)
+    try:
+        for entry in place.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name not in (BUILD, ".lock"):
+                entry.unlink()
+        sync_folder(place)
+        for name in (BUILD, ".lock"):
+            (place / name).unlink(missing_ok=True)
+        _remove_if_empty(place)
+    finally:
+        os.close(lock)
 
 
 def _remove_if_empty(folder: Path) -> None:

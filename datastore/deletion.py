@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from datastore.beside import EMBEDDINGS, FILES, INDEX, PREFILTER, SCORES, beside
+from datastore.beside import EMBEDDINGS, FILES, INDEX, PREFILTER, SCORES, beside, has_files
 from datastore.build import BUILD, Build
 from datastore.errors import DamagedStoreError, SettingError, StoreError
 from datastore.files import open_tensors
@@ -119,9 +119,7 @@ def delete_rows(
                 f"{store.path} is not finished: rows of {new} were being added to it. Finish that with the same "
                 "`gradsift build-datastore` command, then delete"
             )
-        wanted: dict[int, list[int]] = {}
-        for source, row in sorted(rows):
-            wanted.setdefault(source, []).append(row)
+        wanted = _by_source(sorted(rows))
         build = writer.build.with_deleted(wanted)
         total = sum(old != new for old, new in zip(store.manifest.shard_keys(), build.shard_keys(), strict=True))
         done = 0
@@ -183,7 +181,7 @@ def verify_deleted(
     """
     store = Datastore.open(path)
     keys = _deleted_keys(store.manifest) if rows is None else sorted(set(rows))
-    store.manifest.with_deleted({source: [row for s, row in keys if s == source] for source, _ in keys})  # or raises
+    store.manifest.with_deleted(_by_source(keys))  # or raises
     report = DeletionReport(datastore=store.path, rows=keys, labels=sorted(set(labels)))
     if keys or labels:
         _Search(store, keys, report).run(watch)
@@ -195,9 +193,7 @@ class _Search:
 
     def __init__(self, store: Datastore, keys: Sequence[RowKey], report: DeletionReport) -> None:
         self.store, self.report, self.labels = store, report, set(report.labels)
-        self.rows: dict[int, set[int]] = {}
-        for source, row in keys:
-            self.rows.setdefault(source, set()).add(row)
+        self.rows = {source: set(rows) for source, rows in _by_source(keys).items()}
 
     def run(self, watch: Watch) -> None:
         """Look at everything."""
@@ -288,7 +284,7 @@ class _Search:
     def _look_at_store(self, kind: str) -> None:
         """A store beside this one: it knows the rows by the same sources, under numbers of its own."""
         place = beside(self.store.path, kind)
-        if not os.path.lexists(place):
+        if not os.path.lexists(place) or (place.is_dir() and not has_files(place)):
             return
         try:
             inner = Datastore.open(place)
@@ -356,7 +352,7 @@ def _state_of(kind: str, folder: Path) -> str | None:
     try:
         doc: Mapping[str, Any] = json.loads((folder / f"{kind}.json").read_bytes())
         return str(doc["manifest_sha256"] if kind == INDEX else doc["made_of"]["manifest"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -371,6 +367,13 @@ def _iter_files(folder: Path) -> Iterator[Path]:
 
 def _deleted_keys(build: Build) -> list[RowKey]:
     return sorted((int(source), row) for source, rows in build.deleted.items() for row in rows)
+
+
+def _by_source(keys: Collection[RowKey]) -> dict[int, list[int]]:
+    rows: dict[int, list[int]] = {}
+    for source, row in keys:
+        rows.setdefault(source, []).append(row)
+    return rows
 
 
 def _some(names: Sequence[object]) -> str:

@@ -61,6 +61,14 @@ class _Part:
     def entry(self) -> SourceEntry:
         return self.renumbered.entry if self.renumbered else self.store.sources[self.number]
 
+    @property
+    def share_scored(self) -> float:
+        """Scored rows per row that is not deleted: a prefilter leaves few."""
+        manifest = self.store.manifest
+        num_rows = self.store.sources[self.number].num_rows - len(manifest.deleted.get(str(self.number), []))
+        num_scored = sum(rows.num_scored for rows in manifest.ranges if rows.source == self.number)
+        return num_scored / max(num_rows, 1)
+
 
 def merge_stores(out: str | os.PathLike[str], stores: Sequence[Datastore], *, watch: Watch = _no_watch) -> Manifest:
     """One store with the sources of several, in their order; rows deleted from one of them are deleted from it.
@@ -90,13 +98,16 @@ def merge_stores(out: str | os.PathLike[str], stores: Sequence[Datastore], *, wa
 
 
 def split_folders(store: Datastore, folder: str | os.PathLike[str]) -> list[Path]:
-    """A folder for each source of a store: by its name, with its number where names are alike."""
+    """A folder for each source of a store: by its name, with its number where names are alike.
+
+    Where a number makes two names alike, as of `a`, `a` and `a-1`, all have theirs.
+    """
     names = [
         re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.name).stem).strip("-.") or "source" for source in store.sources
     ]
-    return [
-        Path(folder) / (name if names.count(name) == 1 else f"{name}-{number}") for number, name in enumerate(names)
-    ]
+    numbered = [f"{name}-{number}" for number, name in enumerate(names)]
+    chosen = [full if names.count(name) > 1 else name for name, full in zip(names, numbered, strict=True)]
+    return [Path(folder) / name for name in (chosen if len(set(chosen)) == len(chosen) else numbered)]
 
 
 def split_store(store: Datastore, folder: str | os.PathLike[str], *, watch: Watch = _no_watch) -> list[Path]:
@@ -233,7 +244,6 @@ def _derive(
             raise StoreError(f"{folder} is a datastore with another source, {strange[0]}; choose another folder")
         numbers = writer.add_sources([part.entry for part in parts])
         part_of = dict(zip(numbers, parts, strict=True))
-        writer.add_environments(environments)
         writer.delete(
             {
                 number: part.store.manifest.deleted.get(str(part.number), [])
@@ -242,7 +252,9 @@ def _derive(
             }
         )
         missing = writer.missing_shards()
-        check_free_space(folder, _num_bytes(missing, first.manifest, dtypes))
+        check_free_space(folder, _num_bytes(missing, part_of, dtypes))
+        if missing:  # else nothing of theirs is copied in
+            writer.add_environments(environments)
         total = sum(1 for _ in writer.build.shard_keys())
         watch(total - len(missing), total)
         for done, key in enumerate(missing, start=total - len(missing) + 1):
@@ -350,6 +362,10 @@ def _at_checkpoints(environment: Mapping[str, Any], num_checkpoints: int, kept: 
     return {**environment, "checkpoints": [places[number] for number in kept]}
 
 
-def _num_bytes(keys: Sequence[ShardKey], manifest: Manifest, dtypes: Mapping[str, str]) -> int:
+def _num_bytes(keys: Sequence[ShardKey], part_of: Mapping[int, _Part], dtypes: Mapping[str, str]) -> int:
+    """About what features take: as if the scored rows of a source were spread evenly over those not deleted."""
+    share_of = {number: part.share_scored for number, part in part_of.items()}
+    manifest = next(iter(part_of.values())).store.manifest
     of_row = {name: row_bytes(dtype, manifest.features[name].proj_dim) for name, dtype in dtypes.items()}
-    return sum((key.stop - key.start - len(key.deleted)) * of_row[key.feature_set] for key in keys)
+    num_rows = ((key.stop - key.start - len(key.deleted)) * share_of[key.source] for key in keys)
+    return round(sum(rows * of_row[key.feature_set] for key, rows in zip(keys, num_rows, strict=True)))

@@ -136,7 +136,8 @@ def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> FileEntry:
     try:
         with disk_errors(path):
             make_folder(path.parent)
-            with open(temporary, "wb") as file:
+            temporary.unlink(missing_ok=True)
+            with open(temporary, "xb") as file:  # never what a link that lies there leads to
                 for part in parts:
                     file.write(part)
                     digest.update(part)
@@ -161,9 +162,17 @@ def remove_temporary_files(folder: Path) -> None:
 def lock_folder(folder: Path) -> int:
     """A locked file descriptor of `folder`; closing it frees the lock, and so does the end of the process.
 
-    Raises `StoreLockedError` if another process holds it.
+    Raises `StoreLockedError` if another process holds it, `StoreError` for a link in its place.
     """
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    file = folder / ".lock"
+    try:
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError:
+        if not file.is_symlink():
+            raise
+        raise StoreError(
+            f"{file} is a link; expected a file, which is written to. Delete the link and rerun the same command"
+        ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(lock, 0)

@@ -14,6 +14,7 @@ rows that coincide with their list's centroid, as duplicates do, far too high (m
 
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import ceil, sqrt
@@ -174,7 +175,7 @@ def build_index(
     folder = folder or index_folder(store, space.feature_set)
     N, is_sketch = space.num_rows, 0 < config.dim < space.width
     dim = config.dim if is_sketch else space.width
-    columns = _Columns(space, dim, config.seed) if is_sketch else _as_they_are
+    columns = _columns(space, dim, config.seed) if is_sketch else _as_they_are
     faiss = import_faiss()
     with disk_errors(folder):  # what would stop the writing stops it before the reading
         make_folder(folder)
@@ -224,7 +225,7 @@ class GradientIndex:
         """Use `open` or `build_index`."""
         self.space, self.entry, self.folder = space, entry, folder
         self._index, self._faiss = index, import_faiss()
-        self.columns = _Columns(space, entry.dim, entry.seed) if entry.is_sketch else _as_they_are
+        self.columns = _columns(space, entry.dim, entry.seed) if entry.is_sketch else _as_they_are
 
     @classmethod
     def open(
@@ -348,7 +349,7 @@ class GradientIndex:
                 self._index.make_direct_map()
             except RuntimeError as error:
                 raise _damaged(self.folder / "index.faiss", " ".join(str(error).split())[:200]) from None
-        step = min(1024, max(64, MAX_FOUND // N))
+        step = min(1024, max(1, MAX_FOUND // N))
         for first in range(0, N, step):
             vectors_nY = self._index.reconstruct_n(first, min(step, N - first))
             limits, _, found = self._index.range_search(
@@ -384,7 +385,7 @@ class _Groups:
     """Rows that are joined two by two, each group known by its first row."""
 
     def __init__(self, num_rows: int) -> None:
-        self._earlier = list(range(num_rows))  # of each row one of its group that is not later
+        self._earlier = array("q", range(num_rows))  # of each row one of its group that is not later
 
     def first(self, row: int) -> int:
         earlier = self._earlier
@@ -411,16 +412,9 @@ def _equal(values_D: Positions) -> list[Positions]:
     return np.split(order_D, changes) if values_D.size else []
 
 
-class _Columns:
+def _columns(space: GradientSpace, dim: int, seed: int) -> Callable[[Vectors], Vectors]:
     """y: sketches, made unit vectors."""
-
-    def __init__(self, space: GradientSpace, dim: int, seed: int) -> None:
-        self._sketch = SignSketch(list(space.weights), space.width // len(space.weights), dim, seed)
-
-    def __call__(self, vectors_nX: Vectors) -> Vectors:
-        sums_nY = self._sketch(vectors_nX)
-        norms_n1 = np.sqrt(np.square(sums_nY).sum(axis=1, keepdims=True))
-        return sums_nY / np.maximum(norms_n1, np.finfo(np.float32).tiny)
+    return SignSketch(list(space.weights), space.width // len(space.weights), dim, seed).unit
 
 
 def _as_they_are(vectors_nX: Vectors) -> Vectors:

@@ -7,6 +7,7 @@ it can name none of its choosing. When it is written is left to `writer`, and re
 
 import itertools
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from datastore.build import Build, json_hash, read_json, write_json
+from datastore.coding import row_bytes
 from datastore.files import FileEntry, damaged
-from datastore.shards import DELETED, SET_ASIDE, Shard, SkippedRow, bits_of, direction_path, rows_of
+from datastore.shards import DELETED, SET_ASIDE, Shard, ShardKey, SkippedRow, bits_of, direction_path, rows_of
 
 __all__ = ["MANIFEST", "FeatureEntry", "Manifest", "RowRange", "ShardEntry"]
 
@@ -189,10 +191,37 @@ class Manifest(Build):
                 raise ValueError(
                     f"the rows from {rows.start} to {rows.stop} skipped as deleted are not the deleted ones"
                 )
+        num_directions = len(self.feature_sets) * len(self.checkpoints)
+        for what, files, num_needed in (
+            ("shards", self.shards, num_directions * len(self.ranges)),
+            ("directions", self.directions, num_directions),
+        ):  # before any is named: a short list of names and one of ranges imply more paths than memory can hold
+            if len(files) != num_needed:
+                raise ValueError(f"its {what} are {len(files)}, expected {num_needed}")
+        keys = {key.path: key for key in self.shard_keys()}
         for what, names, needed in (
             ("features", {*self.features}, {*self.feature_sets}),
-            ("shards", {*self.shards}, {key.path for key in self.shard_keys()}),
+            ("shards", {*self.shards}, {*keys}),
             ("directions", {*self.directions}, {direction_path(*key) for key in self.direction_keys()}),
         ):
             if odd := sorted(names ^ needed):
                 raise ValueError(f"its {what} lack or should not have {', '.join(odd[:5])}")
+        self._check_sizes(keys)
+
+    def _check_sizes(self, keys: Mapping[str, ShardKey]) -> None:
+        """Raise `ValueError` for rows or columns that the files, by path, have no room for: arrays are made by them."""
+        for name, feature in self.features.items():
+            if feature.proj_dim < 1:
+                raise ValueError(f"its feature set {name} has {feature.proj_dim} columns, expected 1 or more")
+        for name, checkpoint in self.direction_keys():
+            path, proj_dim = direction_path(name, checkpoint), self.features[name].proj_dim
+            if self.directions[path].num_bytes < row_bytes("float32", proj_dim):
+                raise ValueError(f"{path} has {self.directions[path].num_bytes} bytes for {proj_dim} columns")
+        num_scored = {(rows.source, rows.start): rows.num_scored for rows in self.ranges}
+        num_bytes = {name: row_bytes(feature.dtype, feature.proj_dim) for name, feature in self.features.items()}
+        for path, key in keys.items():
+            shard, least, most = self.shards[path], num_scored[key.source, key.start], key.stop - key.start
+            if not least <= shard.num_rows <= most:
+                raise ValueError(f"{path} has {shard.num_rows} rows, expected {least} to {most}")
+            if shard.num_bytes < shard.num_rows * num_bytes[key.feature_set]:
+                raise ValueError(f"{path} has {shard.num_bytes} bytes for {shard.num_rows} rows")

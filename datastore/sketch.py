@@ -52,6 +52,12 @@ class SignSketch:
             sums_nY[:, : size - whole] += chunk_ns[:, whole:]
         return sums_nY
 
+    def unit(self, vectors_nX: Vectors) -> Vectors:
+        """S x / ‖S x‖, whose inner products are cosines of sketches: 1 for equal rows, and off by (1 − ρ²)/√dim."""
+        sums_nY = self(vectors_nX)
+        norms_n1 = np.sqrt(np.square(sums_nY).sum(axis=1, keepdims=True))
+        return sums_nY / np.maximum(norms_n1, np.finfo(np.float32).tiny)
+
     def matrix_ref(self) -> Vectors:
         """S itself, (X, dim), a column of x at a time."""
         matrix_XY = np.zeros((len(self.signs_X), self.dim), np.float32)

@@ -141,18 +141,17 @@ class Datastore:
         Raises `StoreError` (nothing there, or the build is not finished), `FormatVersionError`, or
         `DamagedStoreError`, which names every file that is missing, of another size, or outside the folder.
         """
-        folder = Path(path).absolute()
+        folder, given = Path(path).resolve(), Path(path).absolute()  # one name, beside which things lie
         try:
             store = cls(folder, Manifest.load(folder))
         except (FileNotFoundError, NotADirectoryError):
             if (folder / BUILD).exists():
                 raise StoreError(
-                    f"the datastore {folder} is not finished: it has {BUILD} and no {MANIFEST}. Rerun the "
+                    f"the datastore {given} is not finished: it has {BUILD} and no {MANIFEST}. Rerun the "
                     "same `gradsift build-datastore` command: it computes only what is missing."
                 ) from None
             raise StoreError(
-                f"no datastore at {folder}: expected a folder with {MANIFEST}. "
-                "Make one with `gradsift build-datastore`."
+                f"no datastore at {given}: expected a folder with {MANIFEST}. Make one with `gradsift build-datastore`."
             ) from None
         problems = {folder / path: store._size_problem(path, entry) for path, entry in store._files()}
         if found := {path: problem for path, problem in problems.items() if problem}:
@@ -176,6 +175,8 @@ class Datastore:
     @property
     def environment(self) -> dict[str, Any]:
         """The machine and versions that wrote to it last, and where they found things."""
+        if not self.manifest.environments:
+            raise StoreError(f"{self.path} does not say what wrote it, nor from which model; build it with gradsift")
         return self.manifest.environments[-1]
 
     @property

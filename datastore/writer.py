@@ -92,7 +92,7 @@ class DatastoreWriter:
         cannot be written), `StoreLockedError`, `ProvenanceError` (other settings), `DamagedStoreError`,
         `FormatVersionError`.
         """
-        folder = Path(path).absolute()
+        folder, given = Path(path).resolve(), Path(path).absolute()  # one name, beside which things lie
         asked = Build(
             feature_sets=list(feature_sets),
             checkpoints=list(checkpoints),
@@ -107,7 +107,7 @@ class DatastoreWriter:
             names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
             if names and BUILD not in names:
                 raise StoreError(
-                    f"{folder} is not a datastore: it has {min(names)} and no {BUILD}. "
+                    f"{given} is not a datastore: it has {min(names)} and no {BUILD}. "
                     "Choose another --datastore folder."
                 )
             lock = lock_folder(folder)
@@ -128,9 +128,9 @@ class DatastoreWriter:
     @classmethod
     def reopen(cls, path: str | os.PathLike[str]) -> Self:
         """Open a store that is there, with its own settings. Raises as `open`, and `StoreError` where there is none."""
-        folder = Path(path).absolute()
+        folder = Path(path).resolve()
         if not (folder / BUILD).is_file():
-            raise StoreError(f"no datastore at {folder}: expected a folder with {BUILD}")
+            raise StoreError(f"no datastore at {Path(path).absolute()}: expected a folder with {BUILD}")
         known = Build.load(folder)
         return cls.open(
             folder,
@@ -174,11 +174,10 @@ class DatastoreWriter:
         return numbers
 
     def add_environments(self, environments: Sequence[Mapping[str, Any]]) -> None:
-        """Record machines and versions that made what is about to be copied in."""
+        """Record machines and versions that made what is about to be written, each once: the last is the last."""
         known = list(self.build.environments)
         for environment in map(_plain, environments):
-            if environment not in known:
-                known.append(environment)
+            known = [one for one in known if one != environment] + [environment]
         if known != self.build.environments:
             self.build = replace(self.build, environments=known)
             self.build.write(self.path)

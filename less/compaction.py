@@ -23,6 +23,7 @@ from datastore.shards import DELETED, SkippedRow
 from less.data.conversations import RowProblem
 from less.data.records import Record, Source
 from less.data.rendering import Renderer
+from less.data.sources import stem_of
 from less.pool import entry_of, open_sources
 from less.progress import Progress
 from less.row_ranges import content_digest
@@ -133,5 +134,5 @@ class _Comparison:
         return None if record.id == f"{record.label}:{record.number}" else record.id
 
     def _old_label(self, row: SkippedRow) -> str | None:
-        made = f"{Path(self.entry.name).stem}:{row.row}"
+        made = f"{stem_of(self.entry.name)}:{row.row}"
         return None if row.id == made else row.id

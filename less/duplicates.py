@@ -20,7 +20,7 @@ import numpy as np
 from datastore import Datastore, GradientIndex
 from datastore.errors import SettingError
 from datastore.index import ROUNDING, NearDuplicates
-from less.data.writing import write_lines
+from less.data.writing import check_outputs, write_lines
 from less.neighbours import Neighbour, PoolRow, along_momentum, index_in_words, pool_rows
 from less.pool import Pool
 from less.progress import Progress
@@ -153,13 +153,14 @@ def near_duplicates(
         DamagedStoreError: a file of the store or of its index is not as it was written.
         DataError: the pool has changed since the build.
         ProvenanceError: the index is of another state of the store.
-        SettingError: a threshold that is out of range.
+        SettingError: a threshold that is out of range, or an output that cannot be written or is the pool.
         StoreError: there is no index.
     """
     config = NearDuplicatesConfig(**settings)
     store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
     index = GradientIndex.open(store, config.feature_set, verify=config.verify)
     pool = Pool(store, data)
+    check_outputs([None if output is None else Path(output)], [source.location for source in pool.sources])
     with Progress(total=index.entry.num_rows, description="near-duplicates", enabled=progress) as bar:
         alike = index.near_duplicates(config.threshold, advance=bar.advance)
     found_by = index_in_words(index)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datastore import Datastore
 from datastore.errors import SettingError
+from less.baselines.scorer import LOOKS_AT_TARGETS as _BASELINES
 from less.baselines.scorer import NEEDS_POOL, BaselineScorer
 from less.data.targets import TargetSet
 from less.influence import InfluenceScores
@@ -23,7 +24,11 @@ from less.scoring import ScoreConfig, Scorer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TargetScorer", "method_of", "open_scorer", "score"]
+__all__ = ["LOOKS_AT_TARGETS", "TargetScorer", "method_of", "open_scorer", "score"]
+
+
+LOOKS_AT_TARGETS = ("less", *sorted(_BASELINES))
+"""Methods whose scores are of the targets; the others rank alike whatever these are."""
 
 
 class TargetScorer(Protocol):

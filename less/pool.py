@@ -17,6 +17,8 @@ from less.data.records import Record, Source, open_source
 
 __all__ = ["Pool", "entry_of", "open_sources"]
 
+_ROWS_AT_ONCE = 2**14
+
 
 class Pool:
     """The sources of a store, in its order.
@@ -63,6 +65,11 @@ class Pool:
             taken = self.sources[number].take(rows.rows_N[own].tolist())
             records.update(zip(own.tolist(), taken, strict=True))
         return [records[n] for n in positions.tolist()]
+
+    def iter_take(self, rows: RowTable, positions: NDArray[np.int64]) -> Iterator[Record]:
+        """`take`, with some of the records in memory at a time."""
+        for start in range(0, len(positions), _ROWS_AT_ONCE):
+            yield from self.take(rows, positions[start : start + _ROWS_AT_ONCE])
 
 
 def _reopen(entry: SourceEntry, given: Mapping[str, Source]) -> Source:

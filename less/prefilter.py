@@ -146,7 +146,7 @@ def check_prefilter(fraction: float | None, targets: Any) -> None:
 
 def cheap_folder(datastore: str | Path) -> Path:
     """Where the cheap store lies: beside the exact one."""
-    folder = Path(datastore).absolute()
+    folder = Path(datastore).resolve()
     return folder.with_name(f"{folder.name}.prefilter")
 
 

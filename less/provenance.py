@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from datastore import Datastore
-from datastore.errors import ProvenanceError
+from datastore.errors import ProvenanceError, StoreError
 from less.checkpoints import Checkpoint
 from less.data.rendering import RenderConfig, Renderer
 from less.features import FeatureSetConfig
@@ -130,8 +130,14 @@ def record_embedding_settings(
 
 
 def holds_gradients(store: Datastore) -> bool:
-    """Whether a store's features are of gradients, not embeddings."""
-    return all("update_rule" in entry for entry in store.settings["feature_sets"].values())
+    """Whether a store's features are of gradients, not embeddings; `StoreError` where its settings do not say."""
+    feature_sets = store.settings.get("feature_sets")
+    if not isinstance(feature_sets, dict) or not all(isinstance(entry, dict) for entry in feature_sets.values()):
+        raise StoreError(
+            f"{store.path} was not built by gradsift: its settings do not say what its feature sets "
+            f"{', '.join(store.feature_sets)} are made of. Build one with `gradsift build-datastore`"
+        )
+    return all("update_rule" in entry for entry in feature_sets.values())
 
 
 def constants_of(state: AdamState | None) -> dict[str, Any] | None:

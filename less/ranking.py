@@ -6,9 +6,8 @@ The pool's text is read once, for the selected rows, when they are written; and 
 selected by. Scoring is `less.scoring`'s business, the strategies are `less.selection`'s.
 """
 
-import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +21,12 @@ from datastore.errors import SettingError
 from datastore.similarity import GradientSpace
 from datastore.sketch import SignSketch
 from less.checkpoints import EvidenceWarning
-from less.data.records import Record, Source
+from less.data.records import Record
 from less.data.sources import JSON_LINES, json_of
 from less.data.targets import SkippedRow, TargetSet
-from less.data.writing import dataset_of, write_lines, write_selected
+from less.data.writing import check_outputs, dataset_of, write_lines, write_selected
 from less.influence import InfluenceScores
-from less.methods import open_scorer
+from less.methods import LOOKS_AT_TARGETS, method_of, open_scorer
 from less.pool import Pool
 from less.scoring import ScoreConfig
 from less.selection import Candidates, Choice, Labels, SelectConfig, choose, num_to_select, ranks
@@ -59,22 +58,38 @@ class Selection:
     """Positions among the store's scored rows."""
     scores: NDArray[np.float32]
     """Their influence scores."""
-    subtasks: tuple[str, ...]
-    """The subtask that gives each its score."""
     choice: Choice
     """Why each was taken, what was passed over, and what could not be had."""
     away: NDArray[np.float32] | None
     """How much each points to the negative targets, if there are any."""
-    records: tuple[Record, ...]
-    """The rows themselves, as they stand in the pool."""
     influence: InfluenceScores
     """The scores of every row."""
+    pool: Pool
+    """Where the rows themselves are."""
     num_targets: int
     """Targets that were used."""
     skipped_targets: tuple[SkippedRow, ...]
     """Targets left out, each with its reason."""
     output: Path | None
     """The file written, if any."""
+
+    @cached_property
+    def records(self) -> tuple[Record, ...]:
+        """The rows themselves, as they stand in the pool; where a file has them, read when they are first asked for.
+
+        Raises:
+            DataError: the pool has changed since.
+        """
+        return tuple(self.iter_records())
+
+    def iter_records(self) -> Iterator[Record]:
+        """`records`, with some of them in memory at a time."""
+        return self.pool.iter_take(self.influence.rows, self.positions)
+
+    @cached_property
+    def subtasks(self) -> tuple[str, ...]:
+        """The subtask that gives each its score."""
+        return tuple(self.influence.subtasks[j] for j in self.choice.column_of.tolist())
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -85,20 +100,20 @@ class Selection:
     def columns(self) -> list[dict[str, Any]]:
         """What is added to each row: `influence_score`, `influence_rank` (from 1), `influence_subtask`,
         `influence_reason`, and with negative targets `influence_away`."""
-        taken = zip(self.scores.tolist(), self.subtasks, self.choice.why, strict=True)
-        columns: list[dict[str, Any]] = [
-            {
-                "influence_score": score,
-                "influence_rank": rank,
-                "influence_subtask": subtask,
-                "influence_reason": reason,
+        return list(self.iter_columns())
+
+    def iter_columns(self) -> Iterator[dict[str, Any]]:
+        """`columns`, one at a time."""
+        subtasks, reasons = self.influence.subtasks, self.choice.reasons
+        taken = zip(self.scores, self.choice.column_of, self.choice.reason_of, strict=True)
+        for n, (score, column, reason) in enumerate(taken):
+            added: dict[str, Any] = {
+                "influence_score": float(score),
+                "influence_rank": n + 1,
+                "influence_subtask": subtasks[column],
+                "influence_reason": reasons[reason],
             }
-            for rank, (score, subtask, reason) in enumerate(taken, start=1)
-        ]
-        if self.away is not None:
-            for column, away in zip(columns, self.away.tolist(), strict=True):
-                column["influence_away"] = away
-        return columns
+            yield added if self.away is None else added | {"influence_away": float(self.away[n])}
 
     @cached_property
     def dataset(self) -> "datasets.Dataset":
@@ -162,6 +177,12 @@ def select(
         num_to_select(store.num_rows, fraction=strategy.fraction, count=strategy.count, num_set_aside=num_set_aside)
     if away_from is None and (strategy.away_weight is not None or strategy.away_above is not None):
         raise SettingError("away_weight and away_above are about negative targets; give those with --away-from")
+    method = method_of(store, scoring)
+    if away_from is not None and method not in LOOKS_AT_TARGETS:
+        raise SettingError(
+            f"the method {method} does not look at targets, so it cannot tell which rows point to those of away_from; "
+            f"choose one of {', '.join(LOOKS_AT_TARGETS)}, or leave out --away-from"
+        )
     pool = Pool(store, data)
     labels = _labels_of(pool, store, strategy.columns)
     scorer = open_scorer(
@@ -174,7 +195,8 @@ def select(
     names = names if combine is None else ["+".join(names)]
     output_files = _files(output, names, (*JSON_LINES, ".parquet"))
     score_files = _files(scores, names, JSON_LINES)
-    _check_writable([*output_files, *score_files], pool.sources)
+    inputs = [source.location for source in pool.sources] + [config, *_paths_in(targets), *_paths_in(away_from)]
+    check_outputs([*output_files, *score_files], inputs)
     influence, scored_sets = scorer.score([*target_sets, *avoided])
     target_sets, avoided = scored_sets[: len(target_sets)], scored_sets[len(target_sets) :]
     away_N = influence.of(*(t.name for t in avoided)).score_N if avoided else None
@@ -193,17 +215,18 @@ def select(
             name=name,
             positions=choice.positions,
             scores=choice.scores,
-            subtasks=tuple(own.subtasks[j] for j in choice.column_of.tolist()),
             choice=choice,
             away=None if away_N is None else away_N[choice.positions],
-            records=tuple(pool.take(own.rows, choice.positions)),
             influence=own,
+            pool=pool,
             num_targets=sum(len(t.ids) for t in group),
             skipped_targets=tuple(row for t in [*group, *avoided] for row in t.skipped),
             output=output_file,
         )
-        if output_file is not None:
-            write_selected(output_file, selection.records, selection.columns, pool.kind)
+        if output_file is None:
+            _ = selection.records
+        else:
+            write_selected(output_file, selection.iter_records(), selection.iter_columns(), pool.kind)
         if score_file is not None:
             write_lines(score_file, _score_lines(store, own, away_N, choice))
         selections.append(selection)
@@ -235,9 +258,13 @@ def _configs(
     if strange := settings.keys() - of_scoring - of_choosing:
         raise TypeError(f"select() got an unexpected keyword argument {min(strange)!r}")
     chosen = {name: value for name, value in settings.items() if name in of_choosing}
-    if by_turns:
-        chosen["turns"] = "target-set"
     strategy = SelectConfig(**chosen) if file is None else SelectConfig.load(file, **chosen)
+    if by_turns:
+        if strategy.turns == "subtask":
+            raise SettingError(
+                "combine round-robin lets target sets take turns, and turns is 'subtask'; give one of them"
+            )
+        strategy = replace(strategy, turns="target-set")
     scoring = {name: value for name, value in settings.items() if name in of_scoring}
     compared_by = scoring.get("feature_set")
     if strategy.needs_features and scoring.get("method") not in (None, "less"):
@@ -284,7 +311,7 @@ def _features_of(store: Datastore, feature_set: str | None, verify: bool) -> Fea
         found_nd = np.empty((len(positions), width), np.float32)
         for start in range(0, len(positions), space.rows_at_once):
             vectors_nX = space.vectors(positions[start : start + space.rows_at_once])
-            found_nd[start : start + len(vectors_nX)] = vectors_nX if width == space.width else sketch(vectors_nX)
+            found_nd[start : start + len(vectors_nX)] = vectors_nX if width == space.width else sketch.unit(vectors_nX)
         return found_nd
 
     return features_of
@@ -368,19 +395,10 @@ def _files(path: str | Path | None, names: Sequence[str], suffixes: Sequence[str
     return [path]
 
 
-def _check_writable(files: Sequence[Path | None], sources: Sequence[Source]) -> None:
-    """Raise `SettingError` for a file that cannot be written, is asked for twice, or is the pool itself."""
-    pool = {source.location: source.name for source in sources if source.location is not None}
-    wanted: set[Path] = set()
-    for file in files:
-        if file is None:
-            continue
-        path = file.absolute().resolve()
-        if path in wanted:
-            raise SettingError(f"{file} is asked for both the selection and the scores; name another for one of them")
-        wanted.add(path)
-        if found := pool.keys() & {str(path), *map(str, path.parents)}:
-            raise SettingError(f"{file} would write over the pool's {pool[min(found)]}; name another file")
-        above = next(folder for folder in path.parents if folder.exists())
-        if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
-            raise SettingError(f"{file} cannot be written; name a file in a folder that can be")
+def _paths_in(given: Any) -> list[str | Path]:
+    """The files among what is given as targets."""
+    if isinstance(given, Mapping):
+        return [path for part in given.values() for path in _paths_in(part)]
+    if isinstance(given, list | tuple):
+        return [path for part in given for path in _paths_in(part) if not isinstance(part, Mapping)]
+    return [given] if isinstance(given, str | Path) else []

@@ -3,12 +3,12 @@
     <store>.scores/<hash of what it is of>/
         scores.npy       scores_NJ, float32, in the pool's order
         progress.json    while the scan goes on: what it is of, and how many rows scores.npy holds already
-        scores.json      what it is of, and the checksum of scores.npy; written last
+        scores.json      what it is of, what is kept with it, and checksums of this and of scores.npy; written last
 
 What it is of: the store's manifest, so that a store that has changed since is another one, and all that the scores
 depend on. A killed scan goes on where it was. Folders of another manifest are removed by the next scan, but for those
-that a process still writes to. Where nothing can be written, or another process is writing the same matrix, scores are
-kept in memory only.
+that a process still writes to. Where nothing can be written, another process is writing the same matrix, or a deletion
+of rows removes it meanwhile, scores are kept in memory only.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,9 @@ __all__ = ["ScoreMatrix", "scores_folder"]
 SCORES, PROGRESS, DONE = "scores.npy", "progress.json", "scores.json"
 _SECONDS_BETWEEN = 5.0
 """Of scanning that a kill can lose."""
+_CANNOT_KEEP = (OSError, StoreError)
+_NOT_THERE = (OSError, StoreError, ValueError, KeyError, TypeError, RecursionError, OverflowError, TokenError)
+"""What damaged JSON ends in, and a damaged header of NumPy's, which is parsed as Python."""
 
 
 def scores_folder(store: Datastore) -> Path:
@@ -52,8 +56,7 @@ class ScoreMatrix:
     def __init__(self, store: Datastore, made_of: Mapping[str, Any]) -> None:
         self._num_rows = store.num_rows
         self._made_of = {"manifest": store.manifest.sha256, **made_of}
-        key = hashlib.sha256(canonical_json(self._made_of).encode()).hexdigest()
-        self.path = scores_folder(store) / key[:32]
+        self.path = scores_folder(store) / _hash(self._made_of)[:32]
 
     def load(self, *, verify: bool = True) -> tuple[NDArray[np.float32], dict[str, Any]] | None:
         """scores_NJ as a map of the file, and what `make` kept with it; None if it is not there or not whole."""
@@ -63,8 +66,10 @@ class ScoreMatrix:
                 return None
             if verify and hash_file(self.path / SCORES).sha256 != doc["sha256"]:
                 return None
-            scores_NJ = np.load(self.path / SCORES, mmap_mode="r", allow_pickle=False)
-        except (OSError, StoreError, ValueError, KeyError, TypeError):
+            if _hash(doc["kept"]) != doc["kept_sha256"]:
+                return None
+            scores_NJ = open_memmap(self.path / SCORES, mode="r")
+        except _NOT_THERE:
             return None
         return (scores_NJ, doc["kept"]) if self._fits(scores_NJ, scores_NJ.shape[1:]) else None
 
@@ -86,7 +91,11 @@ class ScoreMatrix:
         if lock is None:
             return gather_scores(self._num_rows, num_subtasks, parts(0))
         try:
-            self._remove_stale()
+            found = self.load()  # another process may have finished it before the lock was free
+            if found and self._fits(found[0], (num_subtasks,)) and found[1] == kept:
+                return found[0]
+            with suppress(OSError):
+                self._remove_stale()
             return self._write(num_subtasks, queries_sha256, dict(kept), parts)
         finally:
             os.close(lock)
@@ -95,39 +104,59 @@ class ScoreMatrix:
         self, num_subtasks: int, queries_sha256: str, kept: dict[str, Any], parts: Callable[[int], Parts]
     ) -> NDArray[np.float32]:
         first = self._num_done(num_subtasks, queries_sha256)
-        with suppress(FileNotFoundError):
-            (self.path / DONE).unlink()
-        if first:
-            scores_NJ = open_memmap(self.path / SCORES, mode="r+")
-        else:
-            shape = (self._num_rows, num_subtasks)
-            scores_NJ = open_memmap(self.path / SCORES, mode="w+", dtype=np.float32, shape=shape)
         progress = {"made_of": self._made_of, "queries_sha256": queries_sha256}
-        self._write_json(PROGRESS, progress | {"num_done": first})
+        try:
+            scores_NJ = self._open(first, num_subtasks)
+            self._write_json(PROGRESS, progress | {"num_done": first})
+        except _CANNOT_KEEP:
+            for name in (PROGRESS, SCORES):
+                with suppress(OSError):
+                    (self.path / name).unlink()
+            return gather_scores(self._num_rows, num_subtasks, parts(0))
         saved = time.monotonic()
         for start, scores_nJ in parts(first):
             stop = start + len(scores_nJ)
             scores_NJ[start:stop] = scores_nJ
             if time.monotonic() - saved > _SECONDS_BETWEEN:
-                scores_NJ.flush()
-                self._write_json(PROGRESS, progress | {"num_done": stop})
+                with suppress(*_CANNOT_KEEP):
+                    scores_NJ.flush()
+                    (self.path / SCORES).stat()  # where a deletion has removed it, no other file is to come back
+                    self._write_json(PROGRESS, progress | {"num_done": stop})
                 saved = time.monotonic()
-        scores_NJ.flush()
-        sha256 = hash_file(self.path / SCORES).sha256
-        self._write_json(DONE, {"made_of": self._made_of, "kept": kept, "sha256": sha256})
-        with suppress(FileNotFoundError):
-            (self.path / PROGRESS).unlink()
-        return np.load(self.path / SCORES, mmap_mode="r", allow_pickle=False)
+        try:
+            scores_NJ.flush()
+            sha256 = hash_file(self.path / SCORES).sha256
+            done = {"made_of": self._made_of, "kept": kept, "kept_sha256": _hash(kept), "sha256": sha256}
+            self._write_json(DONE, done)
+            (self.path / PROGRESS).unlink(missing_ok=True)
+            return open_memmap(self.path / SCORES, mode="r")
+        except _CANNOT_KEEP:
+            return scores_NJ  # a map outlives the name of its file
+
+    def _open(self, first: int, num_subtasks: int) -> np.memmap[Any, np.dtype[np.float32]]:
+        """scores.npy to write to, with room on the disk for all of it."""
+        file = self.path / SCORES
+        (self.path / DONE).unlink(missing_ok=True)
+        if first:
+            scores_NJ = open_memmap(file, mode="r+")
+        else:
+            file.unlink(missing_ok=True)  # another process may use a map of it, which a new file leaves alone
+            scores_NJ = open_memmap(file, mode="w+", dtype=np.float32, shape=(self._num_rows, num_subtasks))
+        if hasattr(os, "posix_fallocate"):  # a full disk kills a process that writes to the map of a file with holes
+            with file.open("r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        return scores_NJ
 
     def _num_done(self, num_subtasks: int, queries_sha256: str) -> int:
         """Rows that an unfinished scan has left, all of the same queries."""
         try:
             doc = _read_json(self.path / PROGRESS)
-            scores_NJ = np.load(self.path / SCORES, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):
+            scores_NJ = open_memmap(self.path / SCORES, mode="r")
+        except _NOT_THERE:
             return 0
         done = doc.get("num_done")
         same = doc.get("queries_sha256") == queries_sha256 and self._fits(scores_NJ, (num_subtasks,))
+        same = same and not (self.path / SCORES).is_symlink()  # no file elsewhere is written to
         return done if same and type(done) is int and 0 <= done <= self._num_rows else 0
 
     def _fits(self, scores_NJ: NDArray[Any], columns: tuple[int, ...]) -> bool:
@@ -135,24 +164,31 @@ class ScoreMatrix:
 
     def _lock(self, num_subtasks: int) -> int | None:
         """Held until it is closed; None where nothing can be written, or another process is writing."""
+        if self.path.is_symlink():
+            return None
         try:
             check_free_space(self.path, 4 * self._num_rows * num_subtasks)
             make_folder(self.path)
             return lock_folder(self.path)
-        except (StoreError, OSError):
+        except _CANNOT_KEEP:
             return None
 
     def _remove_stale(self) -> None:
         """Remove what is of another state of the store, finished or not."""
         for folder in self.path.parent.iterdir():
-            with suppress(OSError, StoreError, ValueError, KeyError, TypeError):
+            if folder.is_symlink():  # no file elsewhere is written to or removed
+                continue
+            with suppress(*_NOT_THERE):
                 doc = _read_json(folder / (DONE if (folder / DONE).exists() else PROGRESS))
                 if doc["made_of"]["manifest"] == self._made_of["manifest"]:
                     continue
-                os.close(lock_folder(folder))  # else another process writes to it
-                for name in (DONE, PROGRESS, SCORES, ".lock"):
-                    (folder / name).unlink(missing_ok=True)
-                folder.rmdir()
+                lock = lock_folder(folder)  # or another process writes to it
+                try:
+                    for name in (DONE, PROGRESS, SCORES, ".lock"):
+                        (folder / name).unlink(missing_ok=True)
+                    folder.rmdir()
+                finally:
+                    os.close(lock)
 
     def _write_json(self, name: str, doc: Mapping[str, Any]) -> None:
         write_atomic(self.path / name, [canonical_json(doc).encode() + b"\n"])
@@ -164,3 +200,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if type(doc) is not dict:
         raise ValueError(f"{path} holds no object")
     return doc
+
+
+def _hash(doc: object) -> str:
+    return hashlib.sha256(canonical_json(doc).encode()).hexdigest()

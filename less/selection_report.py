@@ -45,6 +45,9 @@ __all__ = [
 DEFAULT_COLUMNS = ("dataset", "subtask", "skill")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _CHARS_OF_A_VALUE = 80
+_FIELDS = {"id", "score", "scores", "selected", "passed_over", "source", "row"}
+_SAME = 1e-6
+"""What one score may be off in two files."""
 _WHOLE = "give the two files that one gradsift select wrote, as it wrote them"
 _MOST_VALUES = 10_000  # of a column that are told apart; a column with more is no way to group rows
 
@@ -258,11 +261,12 @@ def report_selection(
     store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
     feature_set = choose_feature_set(store, feature_set)
     rows = store.rows(feature_set, verify=verify)
-    found = _Scores.read(open_source(scores), rows)
+    taken = _Taken.read(open_source(selected))
+    found = _Scores.read(open_source(scores), rows, taken)
     pool = Pool(store, data)
-    taken = _Taken.read(open_source(selected), found)
-    positions, is_selected_N = taken.positions, np.zeros(store.num_rows, bool)
-    is_selected_N[positions] = True
+    is_selected_N = found.selected_N > 0
+    positions = np.flatnonzero(is_selected_N)
+    positions = positions[np.argsort(found.selected_N[positions])]
     by_value = _by_value(pool, rows, positions, columns)
     score_N, rank_N = found.score_N, ranks(found.score_N)
     best = np.argsort(rank_N, kind="stable")
@@ -281,9 +285,9 @@ def report_selection(
                 record=record,
                 score=float(score_N[n]),
                 rank=int(rank_N[n]),
-                subtask=found.subtasks[found.best_N[n]] if n not in place else taken.subtasks[place[n]],
+                subtask=found.subtasks[found.best_N[n]] if n not in place else taken.subtask_of(place[n]),
                 selected_rank=place[n] + 1 if n in place else None,
-                reason=taken.reasons[place[n]] if n in place else None,
+                reason=taken.reason_of(place[n]) if n in place else None,
                 passed_over=None if n in place else found.rule_of(n),
                 away=None if found.away_N is None else float(found.away_N[n]),
                 num_supervised=int(rows.num_supervised_N[n]),
@@ -317,11 +321,81 @@ def report_selection(
     )
 
 
+class _Names:
+    """Texts that many rows share, as numbers."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.codes = array("i")
+        self._code_of: dict[str, int] = {}
+
+    def append(self, name: str) -> None:
+        """The next row has this one."""
+        code = self._code_of.setdefault(name, len(self.names))
+        if code == len(self.names):
+            self.names.append(name)
+        self.codes.append(code)
+
+    def __getitem__(self, n: int) -> str:
+        return self.names[self.codes[n]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Taken:
+    """The lines of a selection, best first: why each row was taken, and how it is known among the scores."""
+
+    name: str
+    ids: "array[int]"
+    """A hash of the id, or 0 for a row that has none."""
+    scores: "array[float]"
+    subtasks: _Names
+    reasons: _Names
+
+    @classmethod
+    def read(cls, source: Source) -> "_Taken":
+        """`DataError` where a row has not what `select` adds, or is not in its place."""
+        taken = cls(name=source.name, ids=array("q"), scores=array("f"), subtasks=_Names(), reasons=_Names())
+        for rank, record in enumerate(source.iter_records(), start=1):
+            line = record.columns or {}
+            if not {"influence_rank", "influence_score", "influence_subtask"} <= line.keys():
+                raise DataError(f"{record.where} has no influence_rank; expected what gradsift select --output writes")
+            if line["influence_rank"] != rank:
+                raise DataError(f"{record.where} has the rank {line['influence_rank']}, expected {rank}: {_WHOLE}")
+            taken.ids.append(0 if line.get("id") is None else hash(str(line["id"])))
+            taken.subtasks.append(str(line["influence_subtask"]))
+            taken.reasons.append(str(line.get("influence_reason", "")))
+            try:
+                taken.scores.append(line["influence_score"])
+            except TypeError:
+                raise DataError(f"{record.where} has the score {line['influence_score']!r}: {_WHOLE}") from None
+        return taken
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def subtask_of(self, place: int) -> str:
+        """The subtask that the row in this place, from 0, was taken for."""
+        return self.subtasks[place]
+
+    def reason_of(self, place: int) -> str:
+        """Why it was."""
+        return self.reasons[place]
+
+    def is_at(self, place: int, line: Mapping[str, Any]) -> bool:
+        """Whether the row in this place can be that of a line of the scores.
+
+        Negative targets and nothing else take off from the score that a row has for the subtask it was taken for.
+        """
+        if self.ids[place] not in (0, hash(str(line["id"]))) or self.subtasks[place] not in line["scores"]:
+            return False
+        given, scored = self.scores[place], np.float32(line["scores"][self.subtasks[place]])
+        return bool(given <= scored + _SAME if "away" in line else abs(given - scored) <= _SAME)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Scores:
     """The lines of a file of scores, of the store's scored rows."""
 
-    name: str
     subtasks: list[str]
     score_N: NDArray[np.float32]
     best_N: NDArray[np.int32]
@@ -336,14 +410,12 @@ class _Scores:
     """Of all scores for each subtask."""
     sums_selected_J: NDArray[np.float64]
     """Of those of the selected rows."""
-    ids: dict[int, str]
-    """Of the selected rows, by their rank."""
     skipped: dict[str, int]
 
     @classmethod
-    def read(cls, source: Source, rows: RowTable) -> "_Scores":
-        """`DataError` where the file is not of these rows."""
-        lines = _ScoreLines(rows)
+    def read(cls, source: Source, rows: RowTable, taken: _Taken) -> "_Scores":
+        """`DataError` where the file is not of these rows, or was written with another selection."""
+        lines = _ScoreLines(rows, taken)
         for record in source.iter_records():
             lines.add(record)
         if len(lines.score) != len(rows.rows_N):
@@ -351,21 +423,24 @@ class _Scores:
                 f"{source.name} has the scores of {len(lines.score):,} rows, and the store has {len(rows.rows_N):,}; "
                 "give the file that gradsift select --scores wrote for this store"
             )
-        places = sorted(place for place in lines.selected if place)
-        if places != list(range(1, len(lines.ids) + 1)):
-            raise DataError(f"{source.name} has selected rows whose ranks are not 1 to {len(places):,}: {_WHOLE}")
+        selected_N = np.frombuffer(lines.selected, np.int32)
+        if (num_known := int(np.count_nonzero(selected_N))) != len(taken):
+            raise DataError(
+                f"{taken.name} has {len(taken):,} rows, and {source.name} says that {num_known:,} are selected: "
+                f"{_WHOLE}"
+            )
+        if not np.array_equal(np.sort(selected_N[selected_N > 0]), np.arange(1, num_known + 1)):
+            raise DataError(f"{source.name} has selected rows whose ranks are not 1 to {num_known:,}: {_WHOLE}")
         return cls(
-            name=source.name,
             subtasks=lines.subtasks,
             score_N=np.frombuffer(lines.score, np.float32),
             best_N=np.frombuffer(lines.best, np.int32),
             away_N=np.frombuffer(lines.away, np.float32) if lines.away else None,
-            selected_N=np.frombuffer(lines.selected, np.int32),
+            selected_N=selected_N,
             rules=list(lines.rules),
             rule_N=np.frombuffer(lines.rule, np.int32),
             sums_J=lines.sums_J,
             sums_selected_J=lines.sums_selected_J,
-            ids=lines.ids,
             skipped=dict(lines.skipped.most_common()),
         )
 
@@ -378,14 +453,13 @@ class _Scores:
 class _ScoreLines:
     """What is kept of the lines read so far: all but the scores for each subtask, which memory may not hold."""
 
-    def __init__(self, rows: RowTable) -> None:
-        self.rows = rows
+    def __init__(self, rows: RowTable, taken: _Taken) -> None:
+        self.rows, self.taken = rows, taken
         self.subtasks: list[str] = []
         self.score, self.away = array("f"), array("f")
         self.best, self.selected, self.rule = array("i"), array("i"), array("i")
         self.rules: dict[str, int] = {}
         self.sums_J = self.sums_selected_J = np.zeros(0)
-        self.ids: dict[int, str] = {}
         self.skipped: Counter[str] = Counter()
 
     def add(self, record: Record) -> None:
@@ -394,24 +468,25 @@ class _ScoreLines:
         if line.get("skipped") is not None:
             self.skipped[str(line["skipped"])] += 1
             return
-        if not {"score", "scores", "selected", "passed_over"} <= line.keys() or not isinstance(line["scores"], dict):
+        if not line.keys() >= _FIELDS or not isinstance(line["scores"], dict) or not line["scores"]:
             raise DataError(f"{record.where} has no scores; expected what gradsift select --scores writes")
         self._check_key(record, line)
         try:
             self._add_numbers(line)
         except (KeyError, TypeError, ValueError, OverflowError):
             raise DataError(f"{record.where} has other scores than the lines before; select again") from None
-        if line["selected"] is not None:
-            self.ids[line["selected"]] = str(line["id"])
+        place = self.selected[-1] - 1
+        if place >= len(self.taken) or (place >= 0 and not self.taken.is_at(place, line)):
+            raise DataError(f"{record.where} is not the row of rank {place + 1} in {self.taken.name}: {_WHOLE}")
 
     def _check_key(self, record: Record, line: Mapping[str, Any]) -> None:
         n, rows = len(self.score), self.rows
-        key, there = (line.get("source"), line.get("row")), n < len(rows.rows_N)
-        if not there or key != (rows.sources_N[n], rows.rows_N[n]):
+        source, row, there = line["source"], line["row"], n < len(rows.rows_N)
+        if not there or not type(source) is type(row) is int or (source, row) != (rows.sources_N[n], rows.rows_N[n]):
             expected = f"{rows.sources_N[n]}:{rows.rows_N[n]}" if there else "no more rows"
             raise DataError(
-                f"{record.where} is row {key[0]}:{key[1]}, expected {expected}: the scores are not of this store, "
-                "or rows were added or deleted since; select again with --scores"
+                f"{record.where} is row {source}:{row}, expected {expected}: the scores are not of this store, or rows "
+                "were added or deleted since; select again with --scores"
             )
 
     def _add_numbers(self, line: Mapping[str, Any]) -> None:
@@ -419,54 +494,23 @@ class _ScoreLines:
             self.subtasks = list(line["scores"])
             self.sums_J, self.sums_selected_J = np.zeros((2, len(self.subtasks)))
         scores_J = np.array([line["scores"][name] for name in self.subtasks], np.float32)
-        if not np.isfinite(scores_J).all():  # a null becomes NaN
-            raise ValueError("scores")
         self.best.append(int(scores_J.argmax()))
         self.score.append(line["score"])
-        self.selected.append(line["selected"] or 0)
+        self.selected.append(0 if line["selected"] is None else line["selected"])
         rule = line["passed_over"]
         self.rule.append(0 if rule is None else self.rules.setdefault(str(rule), len(self.rules) + 1))
         if "away" in line:
             self.away.append(line["away"])
-        if self.away and len(self.away) != len(self.score):
-            raise KeyError("away")
+        # a null becomes NaN
+        if not np.isfinite(scores_J).all() or not all(map(math.isfinite, (self.score[-1], *self.away[-1:]))):
+            raise ValueError("a score is not finite")
+        if len(line["scores"]) != len(self.subtasks) or (self.away and len(self.away) != len(self.score)):
+            raise ValueError("other fields")
+        if self.selected[-1] < 0:
+            raise ValueError("no rank")
         self.sums_J += scores_J
-        if line["selected"] is not None:
+        if self.selected[-1]:
             self.sums_selected_J += scores_J
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Taken:
-    """The selected rows, best first: where they stand among the scored ones, and why they were taken."""
-
-    positions: NDArray[np.int64]
-    subtasks: list[str]
-    reasons: list[str]
-
-    @classmethod
-    def read(cls, source: Source, scores: _Scores) -> "_Taken":
-        """`DataError` where a row has not what `select` adds, or the scores were written with another selection."""
-        subtasks, reasons = [], []
-        for rank, record in enumerate(source.iter_records(), start=1):
-            line = record.columns or {}
-            if not {"influence_rank", "influence_subtask"} <= line.keys():
-                raise DataError(f"{record.where} has no influence_rank; expected what gradsift select --output writes")
-            if line["influence_rank"] != rank:
-                raise DataError(f"{record.where} has the rank {line['influence_rank']}, expected {rank}: {_WHOLE}")
-            name = line.get("id")
-            known = rank in scores.ids and (name is None or str(name) == scores.ids[rank])
-            if not known or line["influence_subtask"] not in scores.subtasks:
-                raise DataError(f"{record.where} is not the row of rank {rank} in {scores.name}: {_WHOLE}")
-            subtasks.append(line["influence_subtask"])
-            reasons.append(str(line.get("influence_reason", "")))
-        if len(subtasks) != len(scores.ids):
-            raise DataError(
-                f"{source.name} has {len(subtasks):,} rows, and {scores.name} says that {len(scores.ids):,} are "
-                f"selected: {_WHOLE}"
-            )
-        taken = np.flatnonzero(scores.selected_N)
-        positions = taken[np.argsort(scores.selected_N[taken])]
-        return cls(positions=positions, subtasks=subtasks, reasons=reasons)
 
 
 def _by_value(
@@ -558,7 +602,8 @@ def _signed(value: float) -> str:
 
 
 def _subtasks(found: _Scores, taken: _Taken) -> tuple[SubtaskFacts, ...]:
-    num_taken = Counter(taken.subtasks)
+    num_by_code = np.bincount(np.frombuffer(taken.subtasks.codes, np.int32), minlength=len(taken.subtasks.names))
+    num_taken = Counter(dict(zip(taken.subtasks.names, num_by_code.tolist(), strict=True)))
     num_best = np.bincount(found.best_N, minlength=len(found.subtasks))
     return tuple(
         SubtaskFacts(
@@ -566,7 +611,7 @@ def _subtasks(found: _Scores, taken: _Taken) -> tuple[SubtaskFacts, ...]:
             num_pool=int(num_best[j]),
             num_selected=num_taken[name],
             mean_pool=float(found.sums_J[j] / len(found.score_N)),
-            mean_selected=float(found.sums_selected_J[j] / len(taken.positions)),
+            mean_selected=float(found.sums_selected_J[j] / len(taken)),
         )
         for j, name in enumerate(found.subtasks)
     )

@@ -7,17 +7,20 @@ stands for is left to `records`, what a row says to `conversations`, rows back i
 
 import hashlib
 import json
+import os
 import reprlib
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from datastore.errors import DataError
 from less.data.conversations import RowProblem
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ __all__ = [
     "Record",
     "Source",
     "json_of",
+    "stem_of",
 ]
 
 BOM = b"\xef\xbb\xbf"
@@ -72,6 +76,12 @@ class Record:
         return f"{self.label}:{self.number}" if given is None else str(given)
 
 
+def stem_of(name: str) -> str:
+    """The name of a source without folder and suffix; a dot alone makes no suffix: `org/pool-1.0` is `pool-1.0`."""
+    name = name.rsplit("/", 1)[-1]
+    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
+
+
 class Source(ABC):
     """Rows in a fixed order, read when they are asked for."""
 
@@ -88,9 +98,8 @@ class Source(ABC):
 
     @cached_property
     def stem(self) -> str:
-        """`name` without folder and suffix."""
-        name = self.name.rsplit("/", 1)[-1]
-        return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
+        """`stem_of` its name."""
+        return stem_of(self.name)
 
     @abstractmethod
     def iter_records(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
@@ -121,13 +130,24 @@ class JsonLines(Source):
                 else:
                     self._offsets.append(at + bom)
                 at += len(line)
+            self._state = _state_of(file)
         self.sha256, self.num_rows = digest.hexdigest(), len(self._offsets)
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        """The file, as long as it is the one whose lines were counted."""
+        if not self._path.exists():
+            raise DataError(f"{self._path} is no longer there; put it back, or start again with the file where it is")
+        with open(self._path, "rb") as file:
+            if _state_of(file) != self._state:
+                raise DataError(f"{self._path} has changed while it was in use; start again with the file as it is now")
+            yield file
 
     def iter_records(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
         """Rows of the file, one line at a time."""
         numbers = range(self.num_rows)[start:stop]
         if numbers:
-            with open(self._path, "rb") as file:
+            with self._opened() as file:
                 file.seek(self._offsets[numbers.start])
                 rows = (line for line in file if not line.isspace())
                 yield from map(self._record, numbers, rows)
@@ -135,7 +155,7 @@ class JsonLines(Source):
     def take(self, numbers: Iterable[int]) -> list[Record]:
         """The rows with these numbers, each found by its offset."""
         records = []
-        with open(self._path, "rb") as file:
+        with self._opened() as file:
             for number in numbers:
                 file.seek(self._offsets[number])
                 records.append(self._record(number, file.readline()))
@@ -152,6 +172,12 @@ class JsonLines(Source):
             columns, problem = _object(row)
         where = f"{self.name}:{number + 1 + bisect_right(self._blanks, number)}"
         return Record(number=int(number), where=where, columns=columns, raw=raw, problem=problem, label=self.stem)
+
+
+def _state_of(file: BinaryIO) -> tuple[int, int]:
+    """What changes when a file is written to: its size and the time."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 class Memory(Source):

@@ -13,30 +13,56 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from datastore.errors import DataError
+from datastore.errors import DataError, SettingError
 from less.data.sources import SUFFIXES, Record, json_of
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-__all__ = ["dataset_of", "write_lines", "write_selected"]
+__all__ = ["check_outputs", "dataset_of", "write_lines", "write_selected"]
 
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
+def check_outputs(files: Iterable[Path | None], inputs: Iterable[str | Path | None]) -> None:
+    """See before any work that files can be written, each of its own, and none in the place of an input.
+
+    Args:
+        files: to be written; None for what is not asked for.
+        inputs: files and folders that are read; hub names and None are none.
+
+    Raises:
+        SettingError: one is asked for twice, would write over an input, or cannot be written.
+    """
+    read = {str(Path(path).absolute().resolve()): path for path in inputs if path is not None}
+    wanted: set[Path] = set()
+    for file in files:
+        if file is None:
+            continue
+        path = file.absolute().resolve()
+        if path in wanted:
+            raise SettingError(f"{file} is asked for twice; name another file for one of them")
+        wanted.add(path)
+        if found := read.keys() & {str(path), *map(str, path.parents)}:
+            raise SettingError(f"{file} would write over {read[min(found)]}, which is read; name another file")
+        above = next(folder for folder in path.parents if folder.exists())
+        if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+            raise SettingError(f"{file} cannot be written; name a file in a folder that can be")
+
+
 def write_selected(
     path: str | os.PathLike[str],
-    records: Sequence[Record],
-    extra: Sequence[dict[str, Any]],
+    records: Iterable[Record],
+    extra: Iterable[dict[str, Any]],
     kind: str | None = None,
 ) -> None:
     """Writes `records` in the order given, each with its columns of `extra` added, or replaced if there.
 
     Args:
         path: `.parquet` for Parquet, else JSON Lines. Folders are made, an existing file is replaced.
-        records: rows with columns.
+        records: rows with columns; of a JSON Lines file one is in memory at a time, of a Parquet file all.
         extra: the new columns of each row, the same names in every row; None is written as null.
         kind: the source's kind, which decides the format of a path without a known suffix.
 
@@ -47,7 +73,7 @@ def write_selected(
     if path.suffix == ".parquet" or (kind == "parquet" and path.suffix not in SUFFIXES):
         import pyarrow.parquet as pq
 
-        table = _table(records, extra)
+        table = _table(list(records), list(extra))
         with _appearing_whole(path) as file:
             pq.write_table(table, file)
     else:

@@ -17,6 +17,7 @@ from less.selection.diversity import (
     mmr_next_ref,
     stretched,
 )
+from less.selection.rules import ROUNDING
 
 __all__ = ["choose_ref"]
 
@@ -133,7 +134,7 @@ class _RefWalk:
                     if self.held(cap, name) + more > self.amount(cap, floor):
                         return f"cap {column}={name}"
         threshold = config.near_duplicates if with_near else None
-        if threshold is not None and any(self.x[row] @ self.x[other] >= threshold for other in others):
+        if threshold is not None and any(self.x[row] @ self.x[other] >= threshold - ROUNDING for other in others):
             return "near-duplicate"
         return None
 

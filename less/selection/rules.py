@@ -15,10 +15,12 @@ from less.selection.candidates import Labels
 from less.selection.config import Amount
 from less.selection.similarity import BLOCK, Nearest
 
-__all__ = ["AWAY", "Away", "Caps", "ExactDuplicates", "NearDuplicates", "Rule", "Upcoming", "code_of"]
+__all__ = ["AWAY", "ROUNDING", "Away", "Caps", "ExactDuplicates", "NearDuplicates", "Rule", "Upcoming", "code_of"]
 
 AWAY = "away"
 """What rows that point to negative targets are passed over by."""
+ROUNDING = 1e-6
+"""What the product of a unit row with itself may lack of 1."""
 
 Upcoming = Callable[[int], list[int]]
 """About so many of the rows that come next, the one in question first; none where that is not known."""
@@ -88,7 +90,7 @@ class NearDuplicates:
             near.features.hold_block(rows)
             near.bring_up_to_date(rows)
         near.bring_up_to_date([row])
-        return "near-duplicate" if near.of(row) >= self._threshold else None
+        return "near-duplicate" if near.of(row) >= self._threshold - ROUNDING else None
 
     def took(self, row: int) -> None:
         """Later rows are compared with it too."""

@@ -3,11 +3,13 @@
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 
 from datastore import DatastoreWriter
 from datastore.build import Build
+from datastore.manifest import Manifest
 
 
 @pytest.fixture
@@ -237,6 +239,29 @@ def test_a_manifest_from_a_newer_version(gradsift, select, build, store):
         assert "pip install --upgrade gradsift" in done.error
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"dtype": "float16", "model": "tiny"}, {"feature_sets": ["adam"]}, {"feature_sets": {"a": 1}}]
+)
+def test_a_store_with_the_settings_of_another_writer(gradsift, select, store, settings):
+    replace(Manifest.load(store), settings=settings).write(store)
+    assert "feature sets adam-sparse are made of" in select(datastore=store).error
+    line = gradsift("inspect", store).error
+    assert f"the settings and environments of {store} are not as" in line
+    assert "--json" in line
+    assert json.loads(gradsift("inspect", store, "--json").out)["settings"] == settings
+
+
+@pytest.mark.parametrize(
+    "environments", [[], [{"torch": "2.13.0"}], [{"model": "m", "device": "cpu", "versions": "1"}]]
+)
+def test_a_store_with_the_environments_of_another_writer(gradsift, select, store, environments):
+    replace(Manifest.load(store), environments=environments).write(store)
+    assert str(store) in gradsift("inspect", store).error
+    assert json.loads(gradsift("inspect", store, "--json").out)["environment"] == (environments or [None])[0]
+    if not environments:
+        assert "does not say what wrote it" in select(datastore=store).error
+
+
 def test_no_store_or_an_unfinished_one(gradsift, select, store, tmp_path):
     assert "gradsift build-datastore" in gradsift("inspect", tmp_path).error
     assert "gradsift build-datastore" in select(datastore=tmp_path / "none").error
@@ -259,7 +284,7 @@ def test_a_disk_that_fills_up_loses_nothing(build, monkeypatch, tmp_path):
     real, opened = open, []
 
     def open_until_full(file, *args, **kwargs):
-        if ".safetensors" in str(file) and "w" in (args[0] if args else ""):
+        if ".safetensors" in str(file) and {*"wx"} & {*(args[0] if args else "")}:
             opened.append(file)
             if len(opened) > 2:
                 raise OSError(errno.ENOSPC, "No space left on device")

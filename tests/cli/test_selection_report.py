@@ -217,6 +217,10 @@ def test_the_command_says_what_it_wrote_and_can_be_quiet(gradsift, command, made
 
 def test_the_command_refuses_in_one_line(gradsift, command, made, tmp_path):
     assert "its folder is not there" in gradsift(*command, "--json", tmp_path / "no" / "r.json").error
+    for name in ("s.jsonl", "all.jsonl"):
+        before = (made[0] / name).read_bytes()
+        assert "which is read" in gradsift(*command, "--json", made[0] / name).error
+        assert (made[0] / name).read_bytes() == before
     assert "no column 'colour'" in gradsift(*command, "--column", "colour").error
     assert "end it in .html" in gradsift(*command, "--output", tmp_path / "r.txt").error
     assert "has no influence_rank" in gradsift(*command, "--selected", made[0] / "all.jsonl").error

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_stores import SETTINGS, K, build_store, fill, make_shard, open_writer, source, tree
 
 from datastore import Datastore
+from datastore.beside import remove_store
 from datastore.deletion import delete_rows, find_rows, verify_deleted
 from datastore.errors import DamagedStoreError, SettingError, StoreError, StoreLockedError
 
@@ -226,10 +226,8 @@ def kill_at(patch, moment):
 
         return call
 
-    for owner, name in (
-        (os, "replace"), (pathlib.Path, "unlink"), (pathlib.Path, "rmdir"), (shutil, "rmtree"),
-    ):  # fmt: skip
-        patch.setattr(owner, name, dying(getattr(owner, name)))
+    for name in ("replace", "unlink", "rmdir"):
+        patch.setattr(os, name, dying(getattr(os, name)))
     return count
 
 
@@ -289,6 +287,33 @@ def test_a_deletion_killed_anywhere_leaves_a_store_that_opens_and_is_completed(s
         else:
             assert tree(path) == old
     assert seen == {3, 2}
+
+
+def test_a_removal_killed_anywhere_is_completed_by_the_next(tmp_path, monkeypatch):
+    store = build_store(tmp_path / "store", source("pool", 3))
+    (store / "ranks.safetensors").write_bytes(b"ranks")
+    whole = shutil.copytree(store, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        count = kill_at(patch, 10**9)
+        remove_store(whole)
+    assert not whole.exists()
+    assert count[0] > 10
+    for moment in range(count[0]):
+        path = shutil.copytree(store, tmp_path / str(moment))
+        with monkeypatch.context() as patch:
+            kill_at(patch, moment)
+            with pytest.raises(Killed):
+                remove_store(path)
+        assert path.exists()
+        remove_store(path)
+        assert not path.exists(), moment
+
+
+def test_a_folder_that_is_no_store_is_not_removed(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    remove_store(tmp_path)
+    remove_store(tmp_path / "absent")
+    assert tree(tmp_path) == {"note.txt": b"mine"}
 
 
 # --- others at work
@@ -363,6 +388,13 @@ def test_a_link_in_the_place_of_an_index_is_refused(folder, tmp_path):
         delete_rows(folder, GONE)
     assert (tmp_path / "elsewhere" / "adam" / "index.faiss").exists()
     assert verify_deleted(folder, GONE).problems
+
+
+def test_rows_are_deleted_from_what_lies_beside_a_store_by_whatever_name_it_is_reached(folder, tmp_path):
+    (tmp_path / "mine").symlink_to(folder)
+    delete_rows(tmp_path / "mine", GONE)
+    assert sorted(entry.name for entry in folder.parent.iterdir()) == ["ds", "ds.rds"]
+    assert not verify_deleted(folder, GONE).problems
 
 
 def test_files_behind_a_link_are_not_taken_for_stale_shards(folder, tmp_path):
@@ -478,7 +510,7 @@ def test_a_row_that_was_set_aside_is_searched_for_and_deleted_like_any_other(fol
 
 def test_the_label_of_a_row_set_aside_leads_to_it_while_its_deletion_is_not_finished(folder, monkeypatch):
     with monkeypatch.context() as patch:
-        kill_at(patch, 12)  # six files are in place: build.json, four shards, manifest.json
+        kill_at(patch, 3 * 6)  # six files are in place: build.json, four shards, manifest.json
         with pytest.raises(Killed):
             delete_rows(folder, [(1, 0)])
     store = Datastore.open(folder)
@@ -486,6 +518,39 @@ def test_the_label_of_a_row_set_aside_leads_to_it_while_its_deletion_is_not_fini
     assert find_rows(store, ["pool:0"]).deleted == [(1, 0)]
     delete_rows(folder, [(1, 0)])
     assert find_rows(Datastore.open(folder), ["pool:0"], ignore_missing=True).unknown == ["pool:0"]
+
+
+def test_an_index_that_does_not_say_what_it_is_of_proves_nothing(folder):
+    delete_rows(folder, GONE)
+    make_index_and_scores(folder)
+    assert not verify_deleted(folder).problems
+    (folder.with_name("ds.scores") / "0f" / "scores.json").write_text("[" * 100_000)
+    assert sorted(Path(path).name for path in verify_deleted(folder).problems) == ["scores.json", "scores.npy"]
+
+
+@pytest.mark.parametrize("name", ["ds.rds", "ds.prefilter"])
+def test_a_folder_that_a_removal_left_empty_is_no_problem(folder, name):
+    delete_rows(folder, GONE)
+    place = folder.with_name(name)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    (place / ".lock").touch()
+    assert not verify_deleted(folder).problems
+    (place / "note.txt").touch()
+    assert list(verify_deleted(folder).problems) == [str(place)]
+
+
+def test_a_search_looks_at_every_key_a_few_times_however_many_there_are(folder):
+    looks = []
+
+    class Key(tuple):
+        def __iter__(self):
+            looks.append(self)
+            return super().__iter__()
+
+    rows = [Key((0, row)) for row in range(7)] + [Key((1, row)) for row in range(4)]
+    verify_deleted(folder, rows)
+    assert 0 < len(looks) <= 5 * len(rows)
 
 
 def test_what_is_damaged_proves_nothing(folder):

@@ -105,6 +105,14 @@ def test_sources_of_one_name_get_folders_of_their_own(tmp_path):
     assert [part.name for part in parts][:2] == ["pool-0", "pool-1"]
 
 
+def test_a_source_that_is_called_like_another_with_its_number_gets_a_folder_of_its_own(tmp_path):
+    named = [replace(source(name, 2), name=name, location=None) for name in ("x/a.jsonl", "y/a.jsonl", "a-1.jsonl")]
+    store = Datastore.open(build_store(tmp_path / "ds", *named))
+    parts = split_store(store, tmp_path / "parts")
+    assert [part.name for part in parts] == ["a-0", "a-1", "a-1-2"]
+    assert [Datastore.open(part).sources for part in parts] == [[one] for one in named]
+
+
 # --- what all of them hold to
 
 
@@ -319,6 +327,42 @@ def test_rows_set_aside_stay_so_in_every_store_that_is_made_of_theirs(tmp_path):
         made = Datastore.open(path)
         assert made.num_set_aside == 1
         assert made.left_out(made.manifest.ranges[0])[0].id == "pool:0"
+
+
+def test_room_is_asked_for_the_rows_that_have_features(tmp_path, monkeypatch):
+    skip = {(at, 0): {row: "prefilter" for row in range(3, 30)} for at in ("checkpoint-2", "checkpoint-10")}
+    build_store(tmp_path / "ds", source("pool", 30), source("more", 4), skip=skip)
+    delete_rows(tmp_path / "ds", [(0, 0), (0, 20)])
+    store, third = Datastore.open(tmp_path / "ds"), build_store(tmp_path / "third", source("third", 2))
+    kept = np.setdiff1d(np.arange(30), [0, 20])
+    edited = Renumbered(entry=source("edited", 28), rows_R=kept, named=lambda *place: [("", "")] * len(range(*place)))
+    asked = []
+    monkeypatch.setattr("datastore.derive.check_free_space", lambda folder, num_bytes: asked.append(num_bytes))
+    split_store(store, tmp_path / "split")
+    merge_stores(tmp_path / "merged", [store, Datastore.open(third)])
+    compact_store(store, tmp_path / "compact", {0: edited})
+    convert_store(store, tmp_path / "small", feature_dtype="int8")
+    rows_of_each = [2, 4, 2 + 4 + 2, 2 + 4, 2 + 4]
+    bytes_of_a_row = [2 * 5] * 4 + [5 + 4]
+    assert asked == [2 * 2 * n * size for n, size in zip(rows_of_each, bytes_of_a_row, strict=True)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rerun_that_copies_nothing_leaves_a_store_that_another_machine_has_mended(folder, tmp_path, name):
+    derive, out = derivations(folder)[name], tmp_path / "out"
+    derive(out)
+    mended = Datastore.open(out / "pool" if name == "split" else out)
+    key = next(mended.manifest.shard_keys())
+    shard = mended.shard(key)
+    (mended.path / key.path).unlink()
+    fixed = mended.manifest.fixed()
+    with open_writer(mended.path, **fixed, environment={"machine": "another"}) as writer:
+        writer.write_shard(key, shard)
+        writer.seal()
+    before = tree(out)
+    derive(out)
+    assert tree(out) == before
+    assert Datastore.open(mended.path).environment == {"machine": "another"}
 
 
 # --- compact

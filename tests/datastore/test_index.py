@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -235,6 +236,29 @@ class TestNearDuplicates:
         looked = []
         build_index(store, folder=tmp_path).near_duplicates(0.99, advance=looked.append)
         assert sum(looked) == 300
+
+    @pytest.mark.parametrize("kind", ["flat", "ivf"])
+    def test_are_looked_for_in_no_more_rows_than_memory_is_stated_for(self, store, tmp_path, monkeypatch, kind):
+        built = build_index(store, config=IndexConfig(type=kind), folder=tmp_path)
+        expected, looked = built.near_duplicates(0.99), []
+        monkeypatch.setattr(index, "MAX_FOUND", 7 * 300)
+        found = built.near_duplicates(0.99, advance=looked.append)
+        assert (max(looked), sum(looked)) == (7, 300)
+        np.testing.assert_array_equal(found.firsts_D, expected.firsts_D)
+        monkeypatch.setattr(index, "MAX_FOUND", 299)
+        looked.clear()
+        built.near_duplicates(0.99, advance=looked.append)
+        assert looked == [1] * 300
+
+    def test_take_eight_bytes_a_row_to_group(self):
+        tracemalloc.start()
+        try:
+            groups = index._Groups(100_000)
+            assert tracemalloc.get_traced_memory()[0] < 10 * 100_000
+        finally:
+            tracemalloc.stop()
+        groups.join(99_999, 5)
+        assert groups.first(99_999) == 5
 
     def test_above_no_similarity_are_not_looked_for(self, store, tmp_path):
         built = build_index(store, folder=tmp_path)

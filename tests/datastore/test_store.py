@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import threading
+import tracemalloc
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -348,6 +349,67 @@ def test_a_forged_deletion_is_refused(folder, edit, expected):
         Datastore.open(folder)
 
 
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda doc: doc["features"]["adam"].update(proj_dim=0), "0 columns, expected 1 or more"),
+        (lambda doc: doc["features"]["adam"].update(proj_dim=-5), "-5 columns"),
+        (lambda doc: doc["features"]["adam"].update(proj_dim=10**19), "bytes for 1" + "0" * 19 + " columns"),
+        (lambda doc: doc["features"]["adam"].update(dtype="float64"), "must be one of float32, .* got 'float64'"),
+        (lambda doc: doc["features"]["adam"].update(dtype="int4"), "K = 5 is no multiple"),
+        (lambda doc: doc["shards"][SHARD].update(num_rows=1), "has 1 rows, expected 2 to 3"),
+        (lambda doc: doc["shards"][SHARD].update(num_rows=4), "has 4 rows, expected 2 to 3"),
+        (lambda doc: doc["shards"][SHARD].update(num_bytes=19), "has 19 bytes for 2 rows"),
+    ],
+    ids=range(8),
+)
+def test_sizes_that_the_files_have_no_room_for_are_refused(folder, edit, expected):
+    forge(folder, edit)
+    with pytest.raises(DamagedStoreError, match=rf"manifest.json is damaged: .*{expected}"):
+        Datastore.open(folder)
+
+
+def test_more_rows_than_bytes_are_refused_as_the_manifest_is_read(tmp_path):
+    num_rows = 10**19
+    folder = build_store(tmp_path / "ds", source("pool", 3), feature_sets=["adam"], checkpoints=["checkpoint-2"])
+
+    def edit(doc):
+        doc["sources"][0]["num_rows"] = doc["ranges"][0]["stop"] = doc["shard_rows"] = num_rows
+        doc["counts"] = counts_of(doc)
+        doc["shards"][SHARD]["num_rows"] = num_rows
+        rename_shard(SHARD.replace("0000000003", str(num_rows)))(doc)
+
+    forge(folder, edit)
+    with pytest.raises(DamagedStoreError, match=rf"manifest.json is damaged: .* bytes for {num_rows} rows"):
+        Datastore.open(folder)
+
+
+def test_a_short_manifest_that_implies_a_million_files_is_refused_before_they_are_named(folder):
+    def edit(doc):
+        doc["feature_sets"], doc["checkpoints"] = ([f"{kind}-{n}" for n in range(100)] for kind in "fc")
+        doc["features"] = dict.fromkeys(doc["feature_sets"], doc["features"]["adam"])
+        doc["sources"] = [doc["sources"][0] | {"num_rows": 300}]
+        doc["ranges"] = [{"source": 0, "start": n, "stop": n + 3, "skipped": []} for n in range(0, 300, 3)]
+
+    forge(folder, edit)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedStoreError, match=r"its shards are 20, expected 1000000"):
+            Datastore.open(folder)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_store_that_says_nothing_of_its_making_is_read_and_says_so_when_asked(tmp_path):
+    folder = build_store(tmp_path / "ds")
+    forge(folder, lambda doc: doc.update(environments=[]))
+    opened = Datastore.open(folder)
+    assert len(features_of(opened)) == 7
+    with pytest.raises(StoreError, match="does not say what wrote it"):
+        _ = opened.environment
+
+
 def counts_of(doc):
     """What a forger would not forget."""
     skipped = [row["reason"] for rows in doc["ranges"] for row in rows["skipped"]]
@@ -431,6 +493,23 @@ def test_a_link_out_of_the_folder_is_refused(folder, tmp_path):
 def test_a_link_to_the_folder_itself_is_fine(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     Datastore.open(tmp_path / "link").verify()
+
+
+def test_a_store_has_one_path_by_whatever_name_it_is_reached(folder, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    paths = [Datastore.open(name).path for name in (folder, tmp_path / "link", ".", "../ds/.")]
+    assert paths == [folder.resolve()] * len(paths)
+
+
+def test_an_error_in_opening_has_the_name_that_was_given(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(StoreError, match=r"/link is not finished"):
+        Datastore.open(tmp_path / "link")
+    (folder / "build.json").unlink()
+    with pytest.raises(StoreError, match=r"no datastore at .*/link:"):
+        Datastore.open(tmp_path / "link")
 
 
 def test_a_shard_that_contradicts_the_manifest_is_refused(folder, monkeypatch):

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_stores import ENVIRONMENT, SETTINGS, K, build_store, fill, make_shard, open_writer, source, tree
 
-from datastore import Datastore, check_free_space, files
+from datastore import Datastore, DatastoreWriter, check_free_space, files
 from datastore.errors import (
     DamagedStoreError,
     DiskFullError,
@@ -280,6 +280,20 @@ def test_environments_are_recorded_and_never_compared(tmp_path):
         assert writer.seal().environments == [ENVIRONMENT, {"machine": "second"}]
 
 
+def test_the_environment_that_wrote_last_is_the_last_and_a_rerun_there_changes_no_byte(tmp_path):
+    build_store(tmp_path, source("one"), environment={"machine": "A"})
+    build_store(tmp_path, source("one"), source("two"), environment={"machine": "B"})
+    build_store(tmp_path, source("one"), source("two"), source("three"), environment={"machine": "A"})
+    assert Datastore.open(tmp_path).manifest.environments == [{"machine": "B"}, {"machine": "A"}]
+    before = tree(tmp_path)
+    for machine in "AB":  # nothing is written, wherever that is
+        build_store(tmp_path, source("one"), source("two"), source("three"), environment={"machine": machine})
+        assert tree(tmp_path) == before
+    next(tmp_path.glob("shards/*/*/*")).unlink()
+    build_store(tmp_path, source("one"), source("two"), source("three"), environment={"machine": "A"})
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -349,6 +363,33 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
     ):
         open_writer(tmp_path)
     open_writer(tmp_path).close()
+
+
+def test_nothing_is_written_to_what_a_link_leads_to(tmp_path, monkeypatch):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (tmp_path / ".lock").symlink_to(outside)
+    with pytest.raises(StoreError, match=r"\.lock is a link; expected a file"):
+        files.lock_folder(tmp_path)
+    (tmp_path / ".doc.json.tmp").symlink_to(outside)
+    files.write_atomic(tmp_path / "doc.json", [b"bytes"])
+    assert (tmp_path / "doc.json").read_bytes() == b"bytes"
+    assert not (tmp_path / "doc.json").is_symlink()
+    (tmp_path / ".doc.json.tmp").symlink_to(outside)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # as if another put the link back at once
+    with pytest.raises(StoreError, match="cannot write"):
+        files.write_atomic(tmp_path / "doc.json", [b"others"])
+    assert (tmp_path / "doc.json").read_bytes() == b"bytes"
+    assert outside.read_text() == "mine"
+
+
+def test_a_store_has_one_path_by_whatever_name_it_is_written_to(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "ds")
+    build_store(tmp_path / "link")
+    with open_writer(tmp_path / "link") as writer:
+        assert writer.path == (tmp_path / "ds").resolve()
+    with DatastoreWriter.reopen(tmp_path / "link") as writer:
+        assert writer.path == (tmp_path / "ds").resolve()
 
 
 def test_the_lock_is_freed_by_an_error(tmp_path):

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from datastore import Datastore
@@ -13,6 +14,7 @@ from datastore.derive import convert_store, merge_stores
 from datastore.errors import DataError, SettingError, StoreError
 from less import build_datastore, build_embeddings, select
 from less.compaction import compact
+from less.data.sources import Arrow, Chunk
 
 GONE = [(0, 3), (0, 17)]
 
@@ -175,6 +177,21 @@ def test_a_compacted_store_is_what_a_build_of_the_edited_pool_gives(
     text = b"".join(files_of(tmp_path / "out").values())
     for trace in (b"row-3\\", b"row-11", b"pool", b"bare", b"deleted"):
         assert trace not in text, trace
+
+
+def test_a_data_set_with_a_dot_in_its_name_is_compacted_though_a_skipped_row_has_no_id(build, tiny_rows, tmp_path):
+    def pool(name, rows):
+        table = pa.Table.from_pylist(rows)
+        return Arrow(name, "dataset", None, [Chunk(num_rows=len(rows), load=lambda: table)])
+
+    rows = [*tiny_rows[:5], {"id": None, "messages": None}, *tiny_rows[5:8]]
+    build([pool("org/pool-1.0", rows)], tmp_path / "ds")
+    assert [row.id for row in Datastore.open(tmp_path / "ds").skipped] == ["pool-1.0:5"]
+    delete_rows(tmp_path / "ds", [(0, 2)])
+    edited = pool("org/pool-1.1", without(rows, 2))
+    new = compact(datastore=tmp_path / "ds", output=tmp_path / "out", data=[edited], progress=False)
+    assert new.num_rows == 7
+    assert [row.id for row in new.skipped] == ["pool-1.1:4"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from less import BuildConfig, EvidenceWarning, explain, score, select
 from less.checkpoints import find_checkpoints
 from less.compaction import compact
 from less.data.rendering import Renderer
+from less.prefilter import cheap_folder
 from less.scoring import Scorer
 from less.selection import num_to_select
 
@@ -447,3 +448,8 @@ def test_a_row_that_was_set_aside_is_deleted_and_the_store_compacted(stores, tin
 )
 def test_a_fraction_counts_what_was_set_aside(num_rows, num_set_aside, fraction, expected):
     assert num_to_select(num_rows, fraction=fraction, num_set_aside=num_set_aside) == expected
+
+
+def test_the_cheap_store_lies_beside_the_exact_one_by_whatever_name_that_is_reached(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "ds")
+    assert cheap_folder(tmp_path / "link") == (tmp_path / "elsewhere" / "ds.prefilter").resolve()

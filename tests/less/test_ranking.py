@@ -10,7 +10,7 @@ import pytest
 
 from datastore import Datastore
 from datastore.errors import DataError, SettingError
-from less import build_datastore, select
+from less import build_datastore, ranking, select
 from less.data.sources import Arrow, JsonLines
 from less.influence import InfluenceScores
 from less.scoring import Scorer
@@ -262,6 +262,17 @@ class TestStrategies:
         assert len(selection.ids) == 12
         assert {rule: len(rows) for rule, rows in selection.choice.passed_over.items()} == {"near-duplicate": 1}
 
+    def test_equal_rows_are_alike_however_wide_they_are(self, build, pool, targets, tmp_path, monkeypatch):
+        """A sketch of a unit row is no unit row: without its own norm, equal rows would be 0.95 to 1.05 alike."""
+        monkeypatch.setattr("less.ranking.SKETCH_DIM", 16)
+        store = build(tmp_path / "ds", pool)
+        features_of = ranking._features_of(Datastore.open(store), None, True)
+        vectors_nd = features_of(np.arange(13))
+        assert vectors_nd.shape == (13, 16)
+        assert np.square(vectors_nd).sum(axis=1) == pytest.approx(np.ones(13), abs=1e-5)
+        (selection,) = select(datastore=store, targets=targets["sums"], count=13, near_duplicates=1.0, progress=False)
+        assert len(selection.ids) == 12
+
     def test_a_baseline_compares_rows_by_the_feature_set_that_is_named(self, build, pool, targets, tmp_path):
         store = build(tmp_path / "ds", pool, update_rule=["adam", "sgd"])
         options = {"datastore": store, "targets": targets["sums"], "method": "bm25", "progress": False}
@@ -305,6 +316,18 @@ class TestStrategies:
         selection = one(away_from={"bad": targets["sums"]}, away_above=threshold, scores=tmp_path / "scores.jsonl")
         assert (selection.away < threshold).all()
         assert all("away" in line for line in read_lines(tmp_path / "scores.jsonl") if line["score"] is not None)
+
+    @pytest.mark.parametrize("method", ["length", "random"])
+    def test_negative_targets_mean_nothing_to_a_method_that_looks_at_none(self, one, targets, method):
+        with pytest.raises(SettingError, match=f"the method {method} does not look at targets.*less, bm25, rds"):
+            one(away_from={"bad": targets["sums"]}, method=method)
+
+    def test_round_robin_is_one_order_and_another_is_refused(self, one, tmp_path):
+        (tmp_path / "s.toml").write_text('balance = "kind"\n')
+        assert one(combine="round-robin", turns="target-set").ids == one(combine="round-robin").ids
+        for other in ({"turns": "subtask"}, {"config": tmp_path / "s.toml"}, {"diversity": "mmr"}):
+            with pytest.raises(SettingError, match=r"give (one|at most one)"):
+                one(combine="round-robin", **other)
 
     def test_one_set_cannot_be_both_wanted_and_avoided(self, one, targets):
         with pytest.raises(SettingError, match="tones is both to be learnt and to be avoided"):
@@ -435,13 +458,39 @@ class TestOutput:
         (tmp_path / "link.jsonl").symlink_to(pool)
         for word in ("output", "scores"):
             for path in (pool, tmp_path / "link.jsonl", tmp_path / "ds" / ".." / "pool.jsonl"):
-                with pytest.raises(SettingError, match=r"would write over the pool's pool\.jsonl"):
+                with pytest.raises(SettingError, match=r"would write over .*pool\.jsonl, which is read"):
                     select(datastore=tmp_path / "ds", targets=targets["sums"], count=2, progress=False, **{word: path})
         assert pool.read_bytes() == content
 
+    def test_never_takes_the_place_of_targets_or_settings(self, store, tiny_rows, tmp_path):
+        wanted = write_lines(tmp_path / "sums.jsonl", tiny_rows[:4])
+        avoided = write_lines(tmp_path / "bad.jsonl", tiny_rows[4:6])
+        (tmp_path / "s.toml").write_text("count = 2\n")
+        before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+        options = {"datastore": store, "targets": [wanted], "away_from": {"bad": avoided}, "progress": False}
+        for word, path in (
+            ("output", tmp_path), ("output", wanted), ("scores", tmp_path), ("scores", avoided), ("output", avoided),
+        ):  # fmt: skip
+            with pytest.raises(SettingError, match="which is read; name another file"):
+                select(config=tmp_path / "s.toml", **options, **{word: path})
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+    def test_is_read_again_only_from_the_pool_as_it_was(self, build, lines, targets, tmp_path):
+        pool = write_lines(tmp_path / "own.jsonl", lines)
+        build(tmp_path / "ds", pool)
+        (selection,) = select(
+            datastore=tmp_path / "ds", targets=targets["sums"], count=2, output=tmp_path / "o.jsonl", progress=False
+        )
+        write_lines(pool, lines[::-1])
+        with pytest.raises(DataError, match="has changed while it was in use"):
+            _ = selection.records
+        pool.unlink()
+        with pytest.raises(DataError, match="is no longer there"):
+            _ = selection.ids
+
     def test_and_scores_cannot_be_one_file(self, choose, tmp_path):
         for path in (tmp_path / "both.jsonl", tmp_path / "folder"):
-            with pytest.raises(SettingError, match="asked for both the selection and the scores"):
+            with pytest.raises(SettingError, match="is asked for twice"):
                 choose(combine="max", output=path, scores=path)
 
     def test_that_cannot_be_written_is_refused_before_the_targets_are_scored(self, choose, tmp_path, monkeypatch):

@@ -113,7 +113,10 @@ def test_a_ranking_that_lengths_or_norms_explain_is_warned_of(ask, made, tiny_st
         line | {"score": value, "scores": {"a": value}, "subtask": "a"}
         for line, value in zip(lines_of(folder / "all.jsonl"), value_N.tolist(), strict=True)
     ]
-    selected = [row | {"influence_subtask": "a"} for row in lines_of(folder / "s.jsonl")]
+    score_of = {line["id"]: line["score"] for line in lines}
+    selected = [
+        row | {"influence_subtask": "a", "influence_score": score_of[row["id"]]} for row in lines_of(folder / "s.jsonl")
+    ]
     found = ask(scores=write(tmp_path / "all.jsonl", lines), selected=write(tmp_path / "s.jsonl", selected))
     said = " ".join(found.warnings)
     of = {spread.name: spread.with_score for spread in found.spreads}
@@ -221,28 +224,43 @@ class TestRefuses:
 
     def test_scores_whose_lines_do_not_fit_together(self, ask, made, tmp_path):
         lines = lines_of(made[0] / "all.jsonl")
-        place = next(n for n, line in enumerate(lines) if line["selected"] == 3)
-        lines[place]["selected"] = 2
-        with pytest.raises(DataError, match="ranks are not 1 to 10"):
-            ask(scores=write(tmp_path / "a.jsonl", lines))
-        for strange in ({"a": 1.0}, {"a": None, "b": 1.0}, {"a": "x", "b": "y"}):
-            lines[4]["scores"] = strange
-            with pytest.raises(DataError, match=r"b\.jsonl:5 has other scores than the lines before"):
-                ask(scores=write(tmp_path / "b.jsonl", lines))
+        n = next(n for n, line in enumerate(lines) if n and line["selected"] is None)
+        for strange in (
+            {"scores": {"a": 1.0}}, {"scores": {"a": None, "b": 1.0}}, {"scores": {"a": "x", "b": "y"}},
+            {"score": float("nan")}, {"score": None}, {"selected": []}, {"selected": -1}, {"selected": 1.5},
+        ):  # fmt: skip
+            with pytest.raises(DataError, match=rf"b\.jsonl:{n + 1} has other scores than the lines before"):
+                ask(scores=write(tmp_path / "b.jsonl", [*lines[:n], lines[n] | strange, *lines[n + 1 :]]))
+        for strange in ({"source": [0, 1]}, {"row": "0"}, {"row": True}):
+            with pytest.raises(DataError, match="the scores are not of this store"):
+                ask(scores=write(tmp_path / "c.jsonl", [*lines[:n], lines[n] | strange, *lines[n + 1 :]]))
+        with pytest.raises(DataError, match=r"d\.jsonl:1 has no scores"):
+            ask(scores=write(tmp_path / "d.jsonl", [{k: v for k, v in line.items() if k != "id"} for line in lines]))
 
     def test_a_selection_that_the_scores_were_not_written_with(self, ask, made, tmp_path):
         rows = lines_of(made[0] / "s.jsonl")
+        no_ids = [{name: value for name, value in row.items() if name != "id"} for row in rows]
+        assert ask(selected=write(tmp_path / "no ids.jsonl", no_ids)).num_selected == 10
         for name, strange, message in (
-            ("another row", [rows[0], rows[1] | {"id": "other"}], "2 is not the row of rank 2 in all.jsonl"),
-            ("for other targets", [rows[0] | {"influence_subtask": "other"}], "1 is not the row of rank 1"),
+            ("another row", [rows[0], rows[1] | {"id": "other"}, *rows[2:]], "is not the row of rank 2 in another row"),
+            ("other targets", [rows[0] | {"influence_subtask": "other"}, *rows[1:]], "is not the row of rank 1"),
+            ("another score", [no_ids[0] | {"influence_score": 0.9}, *rows[1:]], "is not the row of rank 1 in another"),
+            ("no number", [rows[0] | {"influence_score": "high"}], "1 has the score 'high'"),
             ("a row twice", [rows[0], rows[0]], "2 has the rank 1, expected 2"),
-            ("too few", rows[:-1], "has 9 rows, and all.jsonl says that 10 are selected"),
-            ("too many", [*rows, rows[-1] | {"influence_rank": 11}], "11 is not the row of rank 11"),
+            ("too few", rows[:-1], "is not the row of rank 10 in too few"),
+            ("too many", [*rows, rows[-1] | {"influence_rank": 11}], "has 11 rows, and all.jsonl says that 10 are"),
         ):
             with pytest.raises(DataError, match=message):
                 ask(selected=write(tmp_path / f"{name}.jsonl", strange))
         with pytest.raises(DataError, match=r"all\.jsonl:1 has no influence_rank"):
             ask(selected=made[0] / "all.jsonl")
+
+    def test_two_rows_of_one_rank(self, ask, made, tmp_path):
+        lines, rows = lines_of(made[0] / "all.jsonl"), lines_of(made[0] / "s.jsonl")
+        second, third = (next(line for line in lines if line["selected"] == rank) for rank in (2, 3))
+        third["selected"], third["id"], third["scores"] = 2, second["id"], second["scores"]
+        with pytest.raises(DataError, match="ranks are not 1 to 10"):
+            ask(scores=write(tmp_path / "a.jsonl", lines), selected=write(tmp_path / "s.jsonl", rows))
 
     def test_a_column_that_the_pool_lacks(self, ask):
         with pytest.raises(SettingError, match="no column 'colour' to compare by; it has id, kind, messages"):
