@@ -285,9 +285,9 @@ def report_selection(
                 record=record,
                 score=float(score_N[n]),
                 rank=int(rank_N[n]),
-                subtask=found.subtasks[found.best_N[n]] if n not in place else taken.subtask_of(place[n]),
+                subtask=found.subtasks[found.best_N[n]] if n not in place else taken.subtasks[place[n]],
                 selected_rank=place[n] + 1 if n in place else None,
-                reason=taken.reason_of(place[n]) if n in place else None,
+                reason=taken.reasons[place[n]] if n in place else None,
                 passed_over=None if n in place else found.rule_of(n),
                 away=None if found.away_N is None else float(found.away_N[n]),
                 num_supervised=int(rows.num_supervised_N[n]),
@@ -373,16 +373,8 @@ class _Taken:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def subtask_of(self, place: int) -> str:
-        """The subtask that the row in this place, from 0, was taken for."""
-        return self.subtasks[place]
-
-    def reason_of(self, place: int) -> str:
-        """Why it was."""
-        return self.reasons[place]
-
     def is_at(self, place: int, line: Mapping[str, Any]) -> bool:
-        """Whether the row in this place can be that of a line of the scores.
+        """Whether the row in this place, from 0, can be that of a line of the scores.
 
         Negative targets and nothing else take off from the score that a row has for the subtask it was taken for.
         """
