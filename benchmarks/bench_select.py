@@ -42,7 +42,6 @@ import less.scoring
 from cli.main import gradsift
 from datastore import Datastore, DatastoreWriter, Shard, ShardKey, SourceEntry
 from datastore.coding import FEATURE_DTYPES, as_float32, encode
-from less import build_datastore, warmup
 from less.scan import influence_scores, iter_scores
 from less.score_matrix import scores_folder
 from less.selection import num_to_select, select_top
@@ -294,6 +293,8 @@ def make_small_case(args: argparse.Namespace, folder: Path) -> None:
 
 def select_stages(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Median seconds of each stage of `gradsift select` on a store of the model, each time in a fresh process."""
+    from less import build_datastore, warmup  # here, since the processes that are timed import this file too
+
     with open(args.data, "rb") as lines:
         pool = [line for _, line in zip(range(args.pool_rows), lines, strict=False)]
     (folder / "pool.jsonl").write_bytes(b"".join(pool))
