@@ -21,8 +21,6 @@ from less.pool import Pool
 
 __all__ = ["Neighbour", "PoolRow", "along_momentum", "index_in_words", "neighbours_of", "pool_rows"]
 
-_ROWS_AT_ONCE = 1024
-
 
 @dataclass(frozen=True, kw_only=True)
 class PoolRow:
@@ -97,19 +95,17 @@ def pool_rows(
     rows: RowTable, pool: Pool, positions_P: NDArray[np.int64], characters: int | None = None
 ) -> Mapping[int, PoolRow]:
     """The rows at some positions, by position, read from the pool; of their text only so many characters."""
-    found = {}
     wanted = np.unique(positions_P)  # ascending, as labels are read fastest
-    for first in range(0, len(wanted), _ROWS_AT_ONCE):
-        some = wanted[first : first + _ROWS_AT_ONCE]
-        for n, record in zip(some.tolist(), pool.take(rows, some), strict=True):
-            found[n] = PoolRow(
-                id=rows.ids[n],
-                source=int(rows.sources_N[n]),
-                row=int(rows.rows_N[n]),
-                where=record.where,
-                text=conversation_of(record.columns or {}).text[:characters],
-            )
-    return found
+    return {
+        n: PoolRow(
+            id=rows.ids[n],
+            source=int(rows.sources_N[n]),
+            row=int(rows.rows_N[n]),
+            where=record.where,
+            text=conversation_of(record.columns or {}).text[:characters],
+        )
+        for n, record in zip(wanted.tolist(), pool.iter_take(rows, wanted), strict=True)
+    }
 
 
 def index_in_words(index: GradientIndex) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datastore import Build, Datastore, Shard
+from datastore.beside import PREFILTER, beside
 from datastore.build import BUILD
 from datastore.errors import SettingError, StoreError
 from datastore.files import open_tensors, write_tensors
@@ -146,8 +147,7 @@ def check_prefilter(fraction: float | None, targets: Any) -> None:
 
 def cheap_folder(datastore: str | Path) -> Path:
     """Where the cheap store lies: beside the exact one."""
-    folder = Path(datastore).resolve()
-    return folder.with_name(f"{folder.name}.prefilter")
+    return beside(Path(datastore).resolve(), PREFILTER)
 
 
 def describe_prefilter(

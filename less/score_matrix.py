@@ -26,6 +26,8 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from datastore import Datastore
+from datastore.beside import SCORES as BESIDE
+from datastore.beside import beside
 from datastore.errors import StoreError
 from datastore.files import canonical_json, check_free_space, hash_file, lock_folder, make_folder, write_atomic
 from less.scan import Parts, gather_scores
@@ -42,7 +44,7 @@ _NOT_THERE = (OSError, StoreError, ValueError, KeyError, TypeError, RecursionErr
 
 def scores_folder(store: Datastore) -> Path:
     """Where a store's score matrices lie."""
-    return store.path.with_name(f"{store.path.name}.scores")
+    return beside(store.path, BESIDE)
 
 
 class ScoreMatrix:

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from datastore import Datastore
+from datastore.beside import EMBEDDINGS as BESIDE
+from datastore.beside import beside
 from datastore.build import BUILD, Build
 from datastore.errors import DataError
 from less.data.batching import BatchBudget, collate, run_in_batches
@@ -35,7 +37,7 @@ __all__ = ["at_rows_of", "embedding_store", "embeddings_folder", "rds_scores"]
 
 def embeddings_folder(store: Datastore) -> Path:
     """Where the embeddings of a store of gradients lie: beside it."""
-    return store.path.with_name(f"{store.path.name}.rds")
+    return beside(store.path, BESIDE)
 
 
 def embedding_store(
